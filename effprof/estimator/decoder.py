@@ -1,0 +1,383 @@
+"""The forward of a transformers 5.23 decoder, written over storages as its modules are written over tensors.
+
+Local variables live and die where the module's do, so lifetimes follow. Sources: modeling_llama.py, modeling_gemma.py,
+modeling_gemma2.py, modeling_qwen3.py, modeling_phi3.py, loss/loss_utils.py, integrations/sdpa_attention.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from effprof.estimator import operations as ops
+from effprof.estimator.autograd import Graph, Value
+from effprof.model import Architecture, Matrix
+from effprof.plan import Plan
+from effprof.step import Step, Unit
+
+Weights = Mapping[str, Value]
+
+
+class Decoder:
+    """One model on a graph. ``forward`` returns (loss, logits); weights are allocated on construction."""
+
+    def __init__(self, graph: Graph, step: Step) -> None:
+        self.graph = graph
+        self.step = step
+        self.plan: Plan = step.plan
+        self.shape: Architecture = step.architecture
+        self.compute = step.itemsize("compute")
+        self.casts: dict[int, Value] = {}
+        self.weights: dict[str, Weights] = {}
+        self.units: dict[str, Unit] = {}
+        for unit in step.placed():
+            name = unit.matrix.name
+            self.units[name] = unit
+            self.weights[name] = {
+                tensor.name: self._allocate(unit, tensor.name, step.nbytes(tensor), tensor.numel)
+                for tensor in unit.tensors
+            }
+        half_dim = self.shape.head_dim // 2
+        self.rotary = [graph.allocate(half_dim, 4, "inv_freq", "buffers") for _ in range(2)]
+
+    def _allocate(self, unit: Unit, name: str, size: int, numel: int) -> Value:
+        tensor = next(tensor for tensor in unit.tensors if tensor.name == name)
+        label = unit.matrix.name if name == "weight" else f"{unit.matrix.name[:-6]}{name}"
+        value = self.graph.parameter(numel, size // numel, label, trainable=tensor.trainable)
+        self.graph.roles[value.storage.index] = tensor.role
+        return value
+
+    def weight(self, name: str) -> Value:
+        return self.weights[name]["weight"]
+
+    def forward(self, ids: Value, labels: Value) -> tuple[Value, Value]:
+        """The loss of one micro-batch, and its logits."""
+        graph, shape = self.graph, self.shape
+        graph.module = "model."
+        hidden = ops.embedding(graph, self.weight("model.embed_tokens.weight"), ids, shape.hidden)
+        if shape.gemma:
+            hidden = ops.scale(graph, hidden, "embed_scale")
+        cos, sin = self._rotary_embeddings(hidden.itemsize)
+        mask = self._mask(hidden.itemsize)
+        for index in range(shape.layers):
+            layer = _Layer(self, index, cos, sin, mask)
+            if self.plan.checkpointing == "full":
+                hidden = graph.checkpoint(layer.forward, hidden)
+            else:
+                hidden = layer.forward(hidden)
+        graph.module = "model.norm."
+        hidden = self.norm(hidden, "model.norm.weight")
+        graph.module = "lm_head."
+        head = self.weight("model.embed_tokens.weight" if shape.tied else "lm_head.weight")
+        logits = self.linear(hidden, head, shape.vocab)
+        del hidden, cos, sin, mask
+        if shape.logit_softcap:
+            logits = ops.scale(graph, logits, "softcap")
+            logits = ops.from_result(graph, logits, "tanh")
+            logits = ops.scale(graph, logits, "softcap")
+        graph.module = "loss."
+        loss = self._loss(logits, labels)
+        self.casts.clear()  # autocast's weight copies end with its block, except what backward saved
+        graph.module = ""
+        return loss, logits
+
+    def _loss(self, logits: Value, labels: Value) -> Value:
+        graph = self.graph
+        logits = ops.to(graph, logits, 4, "logits_fp32")
+        padded = graph.allocate(labels.numel + self.plan.micro_batch, 8, "labels_padded")
+        shifted = graph.allocate(labels.numel, 8, "labels_shifted")
+        loss = ops.cross_entropy(graph, logits, shifted)
+        del padded
+        return loss
+
+    def _rotary_embeddings(self, itemsize: int) -> tuple[Value, Value]:
+        """cos and sin of seq_len × head_dim, kept from forward to the end of backward."""
+        graph, numel = self.graph, self.plan.seq_len * self.shape.head_dim
+        freqs = graph.allocate(numel // 2, 4, "freqs")
+        angles = graph.allocate(numel, 4, "angles")
+        del freqs
+        cos = ops.scale(graph, graph.allocate(numel, 4, "cos"), "cos")
+        sin = ops.scale(graph, graph.allocate(numel, 4, "sin"), "sin")
+        del angles
+        return ops.to(graph, cos, itemsize, "cos"), ops.to(graph, sin, itemsize, "sin")
+
+    def _mask(self, itemsize: int) -> Value | None:
+        """The additive mask that eager attention always builds; sdpa needs none for packed rows."""
+        if self.plan.attention != "eager":
+            return None
+        return self.graph.allocate(self._mask_numel(), itemsize, "causal_mask", "activations")
+
+    def _mask_numel(self) -> int:
+        return self.plan.micro_batch * self.plan.seq_len**2
+
+    def norm(self, x: Value, weight: str, width: int = 0) -> Value:
+        """RMSNorm over ``width`` (the hidden width by default), as the model type writes it."""
+        graph, width = self.graph, width or self.shape.hidden
+        itemsize = x.itemsize
+        x32 = ops.to(graph, x, 4, "norm_fp32")
+        variance = ops.shift(graph, ops.mean(graph, ops.square(graph, x32), width))
+        inverse = ops.from_result(graph, variance, "rsqrt", temporaries=2)
+        del variance
+        normal = ops.mul(graph, x32, inverse, "normalised")
+        del x32, inverse
+        if self.shape.gemma:
+            gain = ops.shift(graph, ops.to(graph, self.weight(weight), 4, "weight_fp32"), "1+weight")
+            return ops.to(graph, ops.mul(graph, normal, gain, "scaled"), itemsize, "norm")
+        normal = ops.to(graph, normal, itemsize, "normalised")
+        return ops.mul(graph, self.weight(weight), normal, "norm")
+
+    def linear(self, x: Value, weight: Value, rows: int, bias: Value | None = None) -> Value:
+        """x Wᵀ under the plan's precision: autocast casts input and weight, the weight once per forward."""
+        x = ops.to(self.graph, x, self.compute, "input_cast")
+        weight = self._cast(weight)
+        numel = x.numel * rows // (weight.numel // rows)
+        out = ops.matmul(self.graph, x, weight, numel, "linear")
+        if bias is None:
+            return out
+        return ops.add_in_place(self.graph, out, self._cast(bias))  # addmm: one output
+
+    def _cast(self, weight: Value) -> Value:
+        if weight.itemsize == self.compute:
+            return weight
+        key = id(weight)
+        if key not in self.casts:
+            cast = ops.to(self.graph, weight, self.compute, "weight_cast")
+            self.graph.mark_activation(cast)
+            self.casts[key] = cast
+        return self.casts[key]
+
+    def project(self, x: Value, matrix: Matrix, index: int) -> Value:
+        """One linear layer of decoder layer ``index``, in the form the method gives it."""
+        name = matrix.name.replace("layers.0.", f"layers.{index}.")
+        unit, weights = self.units[name], self.weights[name]
+        bias = self.weights[f"{name[:-6]}bias"]["weight"] if matrix.bias else None
+        outer = self.graph.module
+        self.graph.module = f"{name[:-6]}"
+        if unit.layer_half:
+            out = self._method_layer(x, unit, weights)
+            if bias is not None:
+                out = ops.add_in_place(self.graph, out, ops.to(self.graph, bias, self.compute))
+        else:
+            out = self.linear(x, weights["weight"], matrix.rows, bias)
+        self.graph.module = outer
+        return out
+
+    def _method_layer(self, x: Value, unit: Unit, weights: Weights) -> Value:
+        """The layer host: one autograd function whose allocations the method declares."""
+        graph, step = self.graph, self.step
+        x = ops.to(graph, x, self.compute, "input_cast")
+        tensors = [
+            ops.to(graph, weights[tensor.name], self.compute, f"{tensor.name}_cast")
+            if tensor.role == "weights"
+            else weights[tensor.name]
+            for tensor in unit.tensors
+        ]
+        held = self._declared(unit, "forward")
+        extra = [
+            graph.allocate(tensor.numel, step.itemsize(tensor.dtype), tensor.name)
+            for tensor in unit.saved.extra
+        ]
+        out = graph.allocate(
+            x.numel // unit.matrix.columns * unit.matrix.rows, self.compute, unit.matrix.kind
+        )
+        del held
+        x_needs, x_numel = x.needs_grad, x.numel
+        shapes = [(value.needs_grad, value.numel) for value in tensors]
+
+        def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value | None]:  # noqa: ARG001
+            throughout = self._declared(unit, "backward")
+            held = self._declared(unit, "backward_input")
+            d_x = graph.allocate(x_numel, gradient.itemsize, "d_input") if x_needs else None
+            del held
+            held = self._declared(unit, "backward_weights")
+            d_weights = [
+                graph.allocate(numel, gradient.itemsize, "d_weight") if needs else None
+                for needs, numel in shapes
+            ]
+            del held, throughout
+            return d_x, *d_weights
+
+        kept = (x, *extra, *tensors) if unit.saved.input else (*extra, *tensors)
+        return graph.attach(out, unit.matrix.kind, (x, *tensors), kept, rule)
+
+    def _declared(self, unit: Unit, phase: str) -> list[Value]:
+        return [
+            self.graph.allocate(tensor.numel, self.step.itemsize(tensor.dtype), tensor.name)
+            for tensor in unit.transient.get(phase, ())
+        ]
+
+
+class _Layer:
+    """One decoder layer's forward."""
+
+    def __init__(
+        self, decoder: Decoder, index: int, cos: Value, sin: Value, mask: Value | None
+    ) -> None:
+        self.decoder = decoder
+        self.graph = decoder.graph
+        self.shape = decoder.shape
+        self.index = index
+        self.cos, self.sin, self.mask = cos, sin, mask
+        self.path = f"model.layers.{index}."
+        self.matrices = {m.kind: m for m in decoder.shape.layer_matrices()}
+
+    def forward(self, x: Value) -> Value:
+        graph, sandwich = self.graph, self.shape.norms_per_layer == 4
+        residual = x
+        x = self._norm(x, "input_layernorm")
+        graph.module = f"{self.path}self_attn."
+        x = self._attention(x)
+        if sandwich:
+            x = self._norm(x, "post_attention_layernorm")
+        graph.module = self.path
+        x = ops.add(graph, residual, x, "residual")
+        residual = x
+        x = self._norm(x, "pre_feedforward_layernorm" if sandwich else "post_attention_layernorm")
+        graph.module = f"{self.path}mlp."
+        x = self._mlp(x)
+        if sandwich:
+            x = self._norm(x, "post_feedforward_layernorm")
+        graph.module = self.path
+        return ops.add(graph, residual, x, "residual")
+
+    def _norm(self, x: Value, name: str) -> Value:
+        self.graph.module = f"{self.path}{name}."
+        return self.decoder.norm(x, f"{self.path}{name}.weight")
+
+    def _project(self, x: Value, kind: str) -> Value:
+        return self.decoder.project(x, self.matrices[kind], self.index)
+
+    def _attention(self, x: Value) -> Value:
+        if self.shape.fused:
+            fused = self._project(x, "qkv")
+            query, key, value = self._split_heads(fused)
+            del fused
+        else:
+            query, key = self._project(x, "q"), self._project(x, "k")
+            if self.shape.head_norms:
+                query = self.decoder.norm(query, f"{self.path}self_attn.q_norm.weight", self.shape.head_dim)
+                key = self.decoder.norm(key, f"{self.path}self_attn.k_norm.weight", self.shape.head_dim)
+            value = self._project(x, "v")
+        query, key = self._rotate(query, key)
+        out = attend(self.decoder, query, key, value, self.mask)
+        del query, key, value
+        return self._project(out, "o")
+
+    def _split_heads(self, fused: Value) -> tuple[Value, Value, Value]:
+        """phi3's q, k, v are slices of one product; each slice's backward fills a zero tensor of all of it."""
+        graph, shape = self.graph, self.shape
+        unit = fused.numel // (shape.heads + 2 * shape.kv_heads)
+        whole, size = fused.numel, fused.itemsize
+
+        def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+            return (graph.allocate(whole, size, "d_slice"),)
+
+        def part(heads: int) -> Value:
+            view = Value(fused.storage, unit * heads, size)
+            return graph.attach(view, "slice", (fused,), (), rule)
+
+        return part(shape.heads), part(shape.kv_heads), part(shape.kv_heads)
+
+    def _rotate(self, query: Value, key: Value) -> tuple[Value, Value]:
+        return self._rotated(query), self._rotated(key)
+
+    def _rotated(self, x: Value) -> Value:
+        """x cos + rotate_half(x) sin; what sin multiplies is saved by no one."""
+        graph = self.graph
+        straight = ops.mul(graph, x, self.cos, "cos")
+        crossed = ops.mul(graph, self._rotate_half(x), self.sin, "sin")
+        return ops.add(graph, straight, crossed, "rotated")
+
+    def _rotate_half(self, x: Value) -> Value:
+        first, second = ops.half(self.graph, x), ops.half(self.graph, x)
+        return ops.concatenate(self.graph, ops.scale(self.graph, second, "neg"), first)
+
+    def _mlp(self, x: Value) -> Value:
+        graph = self.graph
+        if self.shape.fused:
+            both = self._project(x, "gate_up")
+            gate, up = ops.half(graph, both), ops.half(graph, both)
+            hidden = ops.mul(graph, up, ops.pointwise(graph, gate, "act"), "gated")
+            del both, gate, up
+        else:
+            hidden = ops.mul(
+                graph,
+                ops.pointwise(graph, self._project(x, "gate"), "act"),
+                self._project(x, "up"),
+                "gated",
+            )
+        return self._project(hidden, "down")
+
+
+def attend(decoder: Decoder, query: Value, key: Value, value: Value, mask: Value | None) -> Value:
+    """Attention by the plan's implementation; the result is tokens × heads · head_dim."""
+    graph, plan, shape = decoder.graph, decoder.plan, decoder.shape
+    compute = decoder.compute
+    groups = shape.heads // shape.kv_heads
+    if plan.attention == "sdpa":
+        query, key, value = (ops.to(graph, x, compute, "sdpa_cast") for x in (query, key, value))
+        return _flash(decoder, query, key, value)
+    scores_numel = plan.positions * shape.heads * plan.seq_len
+    if groups > 1:
+        key, value = (ops.copy(graph, x, x.numel * groups, "repeat_kv") for x in (key, value))
+    if plan.attention == "eager":
+        return _eager(decoder, query, key, value, mask, scores_numel)
+    return _math(decoder, query, key, value, scores_numel)
+
+
+def _flash(decoder: Decoder, query: Value, key: Value, value: Value) -> Value:
+    """scaled_dot_product_attention's flash kernel: saves its inputs, its output and the log-sum-exp."""
+    graph, plan, shape = decoder.graph, decoder.plan, decoder.shape
+    out = graph.allocate(query.numel, query.itemsize, "attention")
+    lse = graph.allocate(plan.positions * shape.heads, 4, "logsumexp")
+    saved = [query, key, value, out, lse]
+    if plan.device == "cuda":
+        saved += [graph.allocate(1, 8, "philox_seed"), graph.allocate(1, 8, "philox_offset")]
+    sizes = [(x.numel, x.itemsize) for x in (query, key, value)]
+
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+        return [graph.allocate(*size, "d_qkv") for size in sizes]
+
+    return graph.attach(out, "sdpa", (query, key, value), saved, rule)
+
+
+def _eager(
+    decoder: Decoder, query: Value, key: Value, value: Value, mask: Value | None, numel: int
+) -> Value:
+    """transformers' eager attention: scores, scaled, masked, softmax in fp32, cast back."""
+    graph, compute = decoder.graph, decoder.compute
+    query, key = ops.to(graph, query, compute), ops.to(graph, key, compute)
+    query = ops.copy(graph, query, query.numel, "query_contiguous")
+    key = ops.copy(graph, key, key.numel, "key_contiguous")
+    scores = ops.scale(graph, ops.matmul(graph, query, key, numel, "scores"), "scaled")
+    del query, key
+    if decoder.shape.attention_softcap:
+        scores = ops.from_result(graph, ops.scale(graph, scores, "softcap"), "tanh")
+        scores = ops.scale(graph, scores, "softcap")
+    if mask is not None:
+        scores = ops.add(graph, scores, mask, "masked")
+    weights = ops.from_result(graph, scores, "softmax", itemsize=4)
+    del scores
+    weights = ops.to(graph, weights, value.itemsize, "attention_weights")
+    value = ops.copy(graph, value, value.numel, "value_contiguous")
+    out = ops.matmul(graph, weights, value, query_numel(decoder), "attention")
+    del weights, value
+    return ops.copy(graph, out, out.numel, "contiguous")
+
+
+def query_numel(decoder: Decoder) -> int:
+    return decoder.plan.positions * decoder.shape.heads * decoder.shape.head_dim
+
+
+def _math(decoder: Decoder, query: Value, key: Value, value: Value, numel: int) -> Value:
+    """SDPA's math backend: both sides scaled by the root of the scale, probabilities kept."""
+    graph, compute = decoder.graph, decoder.compute
+    query, key, value = (ops.to(graph, x, compute, "sdpa_cast") for x in (query, key, value))
+    query, key = ops.scale(graph, query, "scaled_q"), ops.scale(graph, key, "scaled_k")
+    scores = ops.matmul(graph, query, key, numel, "scores")
+    del query, key
+    scores = ops.add_in_place(graph, scores, graph.allocate(decoder.plan.seq_len**2, compute, "mask"))
+    weights = ops.from_result(graph, scores, "softmax")
+    del scores
+    out = ops.matmul(graph, weights, value, query_numel(decoder), "attention")
+    del weights, value
+    return ops.copy(graph, out, out.numel, "contiguous")

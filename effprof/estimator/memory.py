@@ -1,0 +1,171 @@
+"""Memory of a plan: a tape synthesized from its Step, replayed, and what it says at its peak."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from effprof import allocator
+from effprof import tape as tapes
+from effprof.estimator.autograd import Graph, Value
+from effprof.estimator.decoder import Decoder
+from effprof.step import Step, Trained, Unit
+from effprof.tape import Peak, Tape
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes at the peak, by role, and above it. CUDA's figures are None on the CPU."""
+
+    peak: Peak
+    requested: int
+    reserved: int | None
+    context: int | None
+    tape: Tape
+    blocks: list[int] | None
+
+    @property
+    def process_total(self) -> int | None:
+        """What NVML would report for the process."""
+        return None if self.reserved is None or self.context is None else self.reserved + self.context
+
+
+def memory(step: Step, *, context: int = 0) -> Memory:
+    """Synthesize and replay a plan's tape. ``context`` is what the driver holds outside the allocator, in bytes."""
+    tape = synthesize(step)
+    if step.plan.device == "cpu":
+        peak = tapes.peak(tape)
+        return Memory(peak, peak.size, None, None, tape, None)
+    expandable = step.plan.allocator == "expandable"
+    replay = allocator.replay(tape.events, len(tape.roles), expandable=expandable)
+    peak = tapes.peak(tape, replay.blocks)
+    return Memory(
+        peak, replay.peak_requested, replay.peak_reserved, context, tape, replay.blocks
+    )
+
+
+def synthesize(step: Step) -> Tape:
+    """The tape of build, a first update, a steady one and, where the method has one, a periodic one."""
+    with _no_collector():
+        tape = Tape()
+        graph = Graph(tape)
+        run = _Run(graph, step)
+        kinds = ["first", "steady", *(["periodic"] if step.plan.halves.periods else [])]
+        for kind in kinds:
+            run.update(kind)
+        graph.close()
+        del run
+    return tape
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Values are freed by reference counts alone; the cycle collector would only cost time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class _Run:
+    """A model with its optimizer state, updated a few times on one graph."""
+
+    def __init__(self, graph: Graph, step: Step) -> None:
+        self.graph = graph
+        self.step = step
+        self.plan = step.plan
+        graph.tape.mark("build", "build")
+        self.decoder = Decoder(graph, step)
+        self.trained = [
+            (unit, trained, self.decoder.weights[unit.matrix.name][trained.tensor.name])
+            for unit in step.placed()
+            for trained in unit.trained
+        ]
+        self.state: list[Value] = []
+        self.workspaces: list[Value] = []
+
+    def update(self, kind: str) -> None:
+        """One optimizer update with its micro-steps: forward, backward, the step, zero_grad."""
+        graph, tape = self.graph, self.graph.tape
+        for _ in range(min(self.plan.grad_accum, 2)):  # a first and a later micro-step say it all
+            tape.mark(kind, "forward")
+            self._micro_step(kind)
+        refreshes = bool(self.plan.halves.periods) and kind in ("first", "periodic")
+        tape.mark(kind, "update")
+        graph.module = "optimizer."
+        if kind == "first":
+            self._allocate_state()
+        self._hosted_update()
+        for _, trained, _ in self.trained:
+            if trained.hosted:
+                continue
+            if refreshes and trained.covered:
+                tape.mark(kind, "refresh")
+                self._transient(trained, "refresh")
+                tape.mark(kind, "update")
+            self._transient(trained, "update")
+        graph.module = ""
+        if self.plan.zero_grad == "none":
+            for _, _, value in self.trained:
+                value.node.gradient = None  # type: ignore[union-attr]
+
+    def _micro_step(self, kind: str) -> None:
+        graph, plan = self.graph, self.plan
+        ids = graph.allocate(plan.positions, 8, "input_ids", "activations")
+        self._workspace("forward")
+        loss, logits = self.decoder.forward(ids, ids)
+        graph.mark_activation(logits)
+        kept = logits if plan.keep_logits else None
+        del logits
+        graph.tape.mark(kind, "backward")
+        self._workspace("backward")
+        graph.backward(loss)
+        del kept
+
+    def _workspace(self, thread: str) -> None:
+        """cuBLAS keeps one workspace per handle, and backward's thread has a handle of its own."""
+        if self.plan.device == "cuda" and len(self.workspaces) < 2:
+            value = self.graph.allocate(CUBLAS_WORKSPACE, 1, f"cublas_{thread}")
+            self.workspaces.append(value)
+
+    def _allocate_state(self) -> None:
+        for unit, trained, _ in self.trained:
+            self.graph.module = f"{unit.matrix.name[:-6]}{trained.tensor.name}."
+            for tensor in trained.state:
+                self.state.append(
+                    self.graph.allocate(
+                        tensor.numel, self.step.itemsize(tensor.dtype), tensor.name, "optimizer"
+                    )
+                )
+        self.graph.module = "optimizer."
+
+    def _hosted_update(self) -> None:
+        """torch's AdamW: nothing when fused, one copy of all it moves as foreach, two of one tensor as a loop."""
+        sizes = [
+            (t.tensor.numel, self.step.itemsize(t.tensor.dtype)) for _, t, _ in self.trained if t.hosted
+        ]
+        if self.plan.optimizer_impl == "foreach":
+            held = [self.graph.allocate(*size, "foreach_denominator") for size in sizes]
+            del held
+        elif self.plan.optimizer_impl == "loop":
+            for size in sizes:
+                held = [self.graph.allocate(*size, "denominator") for _ in range(2)]
+                del held
+
+    def _transient(self, trained: Trained, phase: str) -> None:
+        held = [
+            self.graph.allocate(tensor.numel, self.step.itemsize(tensor.dtype), tensor.name)
+            for tensor in trained.transient.get(phase, ())
+        ]
+        del held
+
+
+# torch 2.13 CublasHandlePool.cpp: 2 × 4 MiB + 8 × 16 KiB, before Hopper.
+CUBLAS_WORKSPACE = 8_519_680
+
+__all__ = ["Memory", "Unit", "memory", "synthesize"]

@@ -1,0 +1,193 @@
+"""The tensor operations a decoder uses, each with what it allocates, saves and allocates again in backward.
+
+One function per operation, named as torch names it; backward rules from torch 2.13's derivatives.yaml and
+FunctionsManual.cpp. ``numel`` broadcasting is by the larger operand, which is all these models need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from effprof.estimator.autograd import Graph, Value
+
+
+def to(graph: Graph, x: Value, itemsize: int, label: str = "to") -> Value:
+    """A cast; the value itself where the dtype is the same."""
+    if x.itemsize == itemsize:
+        return x
+    numel, source = x.numel, x.itemsize
+
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+        return (graph.allocate(numel, source, "d_input"),)
+
+    return graph.attach(graph.allocate(numel, itemsize, label), label, (x,), (), rule)
+
+
+def add(graph: Graph, a: Value, b: Value, label: str = "add") -> Value:
+    """a + b: both receive the same gradient, no copy."""
+
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+        return gradient, Value(gradient.storage, gradient.numel, gradient.itemsize)
+
+    out = graph.allocate(max(a.numel, b.numel), max(a.itemsize, b.itemsize), label)
+    return graph.attach(out, label, (a, b), (), rule)
+
+
+def add_in_place(graph: Graph, a: Value, b: Value) -> Value:
+    """a.add_(b): no allocation forward; ``a`` must not be saved by anyone."""
+
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+        return gradient, Value(gradient.storage, gradient.numel, gradient.itemsize)
+
+    return graph.attach(Value(a.storage, a.numel, a.itemsize), "add_", (a, b), (), rule)
+
+
+def mul(graph: Graph, a: Value, b: Value, label: str = "mul") -> Value:
+    """a × b: each needs the other for its gradient, formed at full size before any sum."""
+    numel, a_needs, b_needs = max(a.numel, b.numel), a.needs_grad, b.needs_grad
+    a_size, b_size = a.itemsize, b.itemsize
+
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value | None]:  # noqa: ARG001
+        d_a = graph.allocate(numel, max(gradient.itemsize, b_size), "d_self") if a_needs else None
+        d_b = graph.allocate(numel, max(gradient.itemsize, a_size), "d_other") if b_needs else None
+        return d_a, d_b
+
+    saved = [value for value, wanted in ((a, b_needs), (b, a_needs)) if wanted]
+    out = graph.allocate(numel, max(a_size, b_size), label)
+    return graph.attach(out, label, (a, b), saved, rule)
+
+
+def scale(graph: Graph, x: Value, label: str = "scale") -> Value:
+    """x × a number: saves nothing."""
+
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+        return (graph.allocate(gradient.numel, gradient.itemsize, "d_input"),)
+
+    return graph.attach(graph.allocate(x.numel, x.itemsize, label), label, (x,), (), rule)
+
+
+def shift(graph: Graph, x: Value, label: str = "add_scalar") -> Value:
+    """x + a number: a new tensor forward, the same gradient backward."""
+
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+        return (gradient,)
+
+    return graph.attach(graph.allocate(x.numel, x.itemsize, label), label, (x,), (), rule)
+
+
+def pointwise(graph: Graph, x: Value, label: str) -> Value:
+    """A function that saves its input and has a fused backward: silu, gelu."""
+
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+        return (graph.allocate(gradient.numel, gradient.itemsize, "d_input"),)
+
+    return graph.attach(graph.allocate(x.numel, x.itemsize, label), label, (x,), (x,), rule)
+
+
+def from_result(graph: Graph, x: Value, label: str, itemsize: int = 0, temporaries: int = 0) -> Value:
+    """A function that saves its result: softmax, log_softmax (no temporaries), tanh; rsqrt has two."""
+    size, source = itemsize or x.itemsize, x.itemsize
+    numel = x.numel
+
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+        held = [graph.allocate(numel, size, "temporary") for _ in range(temporaries)]
+        result = graph.allocate(numel, source, "d_input")
+        del held
+        return (result,)
+
+    out = graph.allocate(numel, size, label)
+    return graph.attach(out, label, (x,), (out,), rule)
+
+
+def square(graph: Graph, x: Value) -> Value:
+    """x.pow(2): backward is grad × (2 × x.pow(1)), three tensors at once."""
+
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:
+        size, numel = saved[0].itemsize, saved[0].numel
+        held = [graph.allocate(numel, size, "pow"), graph.allocate(numel, size, "scaled")]
+        result = graph.allocate(numel, max(size, gradient.itemsize), "d_input")
+        del held
+        return (result,)
+
+    return graph.attach(graph.allocate(x.numel, x.itemsize, "pow"), "pow", (x,), (x,), rule)
+
+
+def mean(graph: Graph, x: Value, length: int) -> Value:
+    """The mean over the last axis of that length."""
+    numel = x.numel
+
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+        return (graph.allocate(numel, gradient.itemsize, "d_input"),)
+
+    out = graph.allocate(numel // length, x.itemsize, "mean")
+    return graph.attach(out, "mean", (x,), (), rule)
+
+
+def half(graph: Graph, x: Value) -> Value:
+    """A slice of half the last axis: a view whose backward fills a zero tensor of full size."""
+    numel = x.numel
+
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+        return (graph.allocate(numel, gradient.itemsize, "d_input"),)
+
+    return graph.attach(Value(x.storage, numel // 2, x.itemsize), "slice", (x,), (), rule)
+
+
+def concatenate(graph: Graph, a: Value, b: Value) -> Value:
+    """cat of two halves: backward are views of the gradient."""
+
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+        return tuple(Value(gradient.storage, part, gradient.itemsize) for part in sizes)
+
+    sizes = (a.numel, b.numel)
+    out = graph.allocate(sum(sizes), a.itemsize, "cat")
+    return graph.attach(out, "cat", (a, b), (), rule)
+
+
+def copy(graph: Graph, x: Value, numel: int, label: str) -> Value:
+    """A materialised copy, perhaps repeated; backward sums what was repeated."""
+    source = x.numel
+
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+        if source == gradient.numel:
+            return (gradient,)
+        return (graph.allocate(source, gradient.itemsize, "d_input"),)
+
+    return graph.attach(graph.allocate(numel, x.itemsize, label), label, (x,), (), rule)
+
+
+def matmul(graph: Graph, a: Value, b: Value, numel: int, label: str) -> Value:
+    """A product with ``numel`` results; each side saved for the other's gradient."""
+    a_needs, b_needs, sizes = a.needs_grad, b.needs_grad, (a.numel, b.numel)
+
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value | None]:  # noqa: ARG001
+        d_a = graph.allocate(sizes[0], gradient.itemsize, "d_self") if a_needs else None
+        d_b = graph.allocate(sizes[1], gradient.itemsize, "d_other") if b_needs else None
+        return d_a, d_b
+
+    saved = [value for value, wanted in ((a, b_needs), (b, a_needs)) if wanted]
+    return graph.attach(graph.allocate(numel, a.itemsize, label), label, (a, b), saved, rule)
+
+
+def embedding(graph: Graph, weight: Value, ids: Value, hidden: int) -> Value:
+    """Rows of the embedding; backward is a dense gradient of the whole table."""
+    numel, itemsize = weight.numel, weight.itemsize
+
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+        return (graph.allocate(numel, itemsize, "d_weight"),)
+
+    out = graph.allocate(ids.numel * hidden, itemsize, "embedding")
+    return graph.attach(out, "embedding", (weight,), (ids,), rule)
+
+
+def cross_entropy(graph: Graph, logits: Value, targets: Value) -> Value:
+    """log_softmax over fp32 logits, then nll_loss, whose backward fills a tensor of the logits' size."""
+    probabilities = from_result(graph, logits, "log_softmax")
+    total = graph.allocate(1, 4, "total_weight")
+
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+        return (graph.allocate(saved[0].numel, saved[0].itemsize, "d_log_softmax"),)
+
+    out = graph.allocate(1, 4, "loss", "activations")
+    return graph.attach(out, "nll_loss", (probabilities,), (probabilities, targets, total), rule)
+

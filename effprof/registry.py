@@ -1,0 +1,232 @@
+"""The methods: every file in ``methods/`` is one, its name is the method's name.
+
+A method comes in two halves. The *layer half* says what replaces a weight matrix and how it multiplies; the
+*update half* says what the optimizer keeps per tensor and how it moves it. A file that has only one half names
+the file of the other: ``LAYER = _dense`` or ``UPDATE = full``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from effprof.errors import unknown
+from effprof.model import Matrix
+
+if TYPE_CHECKING:
+    from torch import Tensor as TorchTensor
+
+PACKAGE = "effprof.methods"
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "int32": 4, "int64": 8, "uint8": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor a method declares.
+
+    ``dtype`` is a name in ITEMSIZE, or ``weight`` (the plan's parameter dtype), ``compute`` (what matrix products run
+    in) or ``state`` (the plan's optimizer-state dtype), which the Step resolves. ``role`` is weights, buffers,
+    optimizer, activations or workspace. A trainable tensor gets a gradient of its own shape.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "weight"
+    role: str = "weights"
+    trainable: bool = False
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for length in self.shape:
+            count *= length
+        return count
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a layer keeps for its backward: its input, and other tensors by declaration."""
+
+    input: bool = True
+    extra: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """FLOPs by named part (a multiply-add counts 2).
+
+    ``forward``, ``backward`` and ``update`` are matrix products and equal torch's FlopCounterMode; ``elementwise`` is the
+    rest of one update by formula, ``periodic`` the rare work (an SVD) divided by how often it runs.
+    """
+
+    forward: Mapping[str, int] = field(default_factory=dict)
+    backward: Mapping[str, int] = field(default_factory=dict)
+    update: Mapping[str, int] = field(default_factory=dict)
+    elementwise: Mapping[str, int] = field(default_factory=dict)
+    periodic: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Where a method comes from and where this implementation deviates.
+
+    ``defaults`` holds published settings by model size; ``lr`` published learning rates by size. ``convention`` names the
+    rule of published memory tables (bf16, weights + optimizer, decimal GB) or is empty where there is none.
+    """
+
+    title: str
+    summary: str
+    paper: str
+    equations: str
+    reference: str
+    deviations: tuple[str, ...]
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    lr: Mapping[str, float] = field(default_factory=dict)
+    convention: str = ""
+
+
+@dataclass(slots=True)
+class Clock:
+    """Where a run is: ``update`` counts finished optimizer updates, ``lr`` is this update's learning rate."""
+
+    update: int = 0
+    total_updates: int = 0
+    lr: float = 0.0
+    since_restart: int = 0
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class Group:
+    """What is trained together: tensors, their gradients and optimizer state by name, changed in place."""
+
+    matrix: Matrix
+    tensors: dict[str, TorchTensor]
+    gradients: dict[str, TorchTensor]
+    state: dict[str, TorchTensor]
+
+
+class LayerHalf(Protocol):
+    """What replaces a weight matrix, in the contract's order. ``settings`` is an instance of ``Settings``."""
+
+    FACTS: Facts
+    Settings: type[Any]
+
+    def weights(self, matrix: Matrix, settings: Any, /) -> tuple[Tensor, ...]: ...
+    def saved(self, matrix: Matrix, tokens: int, settings: Any, /) -> Saved: ...
+    def flops(self, matrix: Matrix, tokens: int, settings: Any, /) -> Flops: ...
+    def transient(
+        self, matrix: Matrix, tokens: int, settings: Any, /
+    ) -> Mapping[str, tuple[Tensor, ...]]: ...
+    def init(
+        self, matrix: Matrix, settings: Any, seed: int, dense: TorchTensor | None = None, /
+    ) -> dict[str, TorchTensor]: ...
+    def forward(
+        self, x: TorchTensor, tensors: Mapping[str, TorchTensor], settings: Any, /
+    ) -> tuple[TorchTensor, tuple[TorchTensor, ...]]: ...
+    def backward(
+        self,
+        gradient: TorchTensor,
+        x: TorchTensor,
+        saved: Sequence[TorchTensor],
+        tensors: Mapping[str, TorchTensor],
+        settings: Any,
+        /,
+    ) -> tuple[TorchTensor, dict[str, TorchTensor]]: ...
+    def dense(
+        self, tensors: Mapping[str, TorchTensor], settings: Any, /
+    ) -> TorchTensor | None: ...
+
+
+class UpdateHalf(Protocol):
+    """What the optimizer keeps and does per trainable tensor, in the contract's order."""
+
+    FACTS: Facts
+    Settings: type[Any]
+    COVERS: tuple[str, ...]
+
+    def state(self, matrix: Matrix, settings: Any, /) -> tuple[Tensor, ...]: ...
+    def flops(self, matrix: Matrix, tokens: int, settings: Any, /) -> Flops: ...
+    def transient(
+        self, matrix: Matrix, tokens: int, settings: Any, /
+    ) -> Mapping[str, tuple[Tensor, ...]]: ...
+    def update(self, group: Group, clock: Clock, settings: Any, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """A layer half with an update half. ``layer`` is None for a dense matrix in torch's own ``nn.Linear``."""
+
+    name: str
+    layer: LayerHalf | None
+    update: UpdateHalf
+    update_name: str
+    facts: Facts
+
+    @property
+    def addressed(self) -> LayerHalf | UpdateHalf:
+        """The half that ``--rank`` and ``--set`` speak to."""
+        return self.layer or self.update
+
+    @property
+    def hosted(self) -> str | None:
+        """The torch optimizer this update half names, run as it is; None for an update of its own."""
+        return getattr(self.update, "TORCH_OPTIMIZER", None)
+
+    @property
+    def periods(self) -> tuple[str, ...]:
+        """The settings that are a number of updates between periodic events."""
+        return tuple(getattr(self.update, "PERIODS", ()))
+
+
+@functools.cache
+def names() -> tuple[str, ...]:
+    """Every method, by the name users type."""
+    path = importlib.import_module(PACKAGE).__path__
+    found = (module.name for module in pkgutil.iter_modules(path))
+    return tuple(sorted(name.replace("_", "-") for name in found if not name.startswith("_")))
+
+
+def default() -> str:
+    """The method used where none is named."""
+    return cast(str, importlib.import_module(PACKAGE).DEFAULT)
+
+
+def rest() -> Any:
+    """The update half of whatever a method's own update does not cover."""
+    return _module(default())
+
+
+@functools.cache
+def _module(name: str) -> Any:
+    stem = name.lower().replace("_", "-")
+    if stem not in names():
+        raise unknown("method", name, names(), "`effprof methods` lists them.")
+    return importlib.import_module(f"{PACKAGE}.{stem.replace('-', '_')}")
+
+
+def method(name: str, update: str | None = None) -> Method:
+    """The method of that name, with another update half where one is named. Raises UsageError."""
+    file = _module(name)
+    own_update = file if hasattr(file, "update") else file.UPDATE
+    half = _module(update) if update else own_update
+    if not hasattr(half, "update"):
+        half = half.UPDATE
+    stem = half.__name__.rpartition(".")[2].replace("_", "-")
+    return Method(
+        name=file.__name__.rpartition(".")[2].replace("_", "-"),
+        layer=cast("LayerHalf | None", file if hasattr(file, "forward") else None),
+        update=cast(UpdateHalf, half),
+        update_name=stem,
+        facts=file.FACTS,
+    )
+
+
+def setting_fields(half: LayerHalf | UpdateHalf) -> dict[str, dataclasses.Field[Any]]:
+    """The settings a half reads, by name."""
+    return {item.name: item for item in dataclasses.fields(half.Settings)}

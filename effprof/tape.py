@@ -1,0 +1,111 @@
+"""Tape: the ordered record of a step's memory, and its readers.
+
+An event is ``(storage, bytes)``: positive when a storage is allocated, negative when it is freed. Views and in-place
+operations make none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+ROLES = ("weights", "gradients", "optimizer", "buffers", "activations", "workspace")
+PHASES = ("build", "forward", "backward", "update", "refresh", "restart")
+UPDATES = ("build", "first", "steady", "periodic")
+
+
+@dataclass(slots=True)
+class Tape:
+    """``roles`` and ``labels`` are per storage; ``marks`` say from which event on a phase of an update runs."""
+
+    events: list[tuple[int, int]] = field(default_factory=list)
+    roles: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    marks: list[tuple[int, str, str]] = field(default_factory=list)
+
+    def mark(self, update: str, phase: str) -> None:
+        """From here on events belong to this phase of this kind of update."""
+        self.marks.append((len(self.events), update, phase))
+
+    def phase_at(self, event: int) -> tuple[str, str]:
+        """The kind of update and the phase an event belongs to."""
+        update, phase = "build", "build"
+        for start, kind, name in self.marks:
+            if start > event:
+                break
+            update, phase = kind, name
+        return update, phase
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The instant with most bytes alive. ``by_role`` sums to ``size``; ``alive`` is (bytes, role, label), largest first."""
+
+    size: int
+    event: int
+    update: str
+    phase: str
+    by_role: dict[str, int]
+    alive: tuple[tuple[int, str, str], ...]
+
+
+def peak(tape: Tape, blocks: Sequence[int] | None = None, start: int = 0) -> Peak:
+    """The peak at or after event ``start``. ``blocks`` is each storage's size in the allocator, unsplit tail included.
+
+    Without ``blocks`` a storage counts the bytes requested, as the CPU allocator gives them.
+    """
+    events = tape.events
+    live = most = 0
+    at = start
+    sizes = _sizes(tape) if blocks is None else blocks
+    for index, (storage, change) in enumerate(events):
+        if change > 0:
+            live += sizes[storage]
+            if live > most and index >= start:
+                most, at = live, index
+        else:
+            live -= sizes[storage]
+            if index == start and live > most:
+                most = live
+    alive: set[int] = set()
+    for storage, change in events[: at + 1]:
+        if change > 0:
+            alive.add(storage)
+        else:
+            alive.discard(storage)
+    by_role = dict.fromkeys(ROLES, 0)
+    for storage in alive:
+        by_role[tape.roles[storage]] += sizes[storage]
+    listed = sorted(
+        ((sizes[s], tape.roles[s], tape.labels[s]) for s in alive), key=lambda row: -row[0]
+    )
+    update, phase = tape.phase_at(at)
+    return Peak(most, at, update, phase, by_role, tuple(listed))
+
+
+def timeline(tape: Tape, blocks: Sequence[int] | None = None) -> list[int]:
+    """Bytes alive after each event."""
+    sizes = _sizes(tape) if blocks is None else blocks
+    live, curve = 0, []
+    for storage, change in tape.events:
+        live += sizes[storage] if change > 0 else -sizes[storage]
+        curve.append(live)
+    return curve
+
+
+def difference(ours: Peak, theirs: Peak) -> list[tuple[str, int, int]]:
+    """What two peaks hold differently: (label, bytes in ours, bytes in theirs), largest difference first."""
+    totals: dict[str, list[int]] = {}
+    for side, one in enumerate((ours, theirs)):
+        for size, role, label in one.alive:
+            totals.setdefault(f"{role}: {label}", [0, 0])[side] += size
+    rows = [(label, a, b) for label, (a, b) in totals.items() if a != b]
+    return sorted(rows, key=lambda row: -abs(row[1] - row[2]))
+
+
+def _sizes(tape: Tape) -> list[int]:
+    sizes = [0] * len(tape.roles)
+    for storage, change in tape.events:
+        if change > 0:
+            sizes[storage] = change
+    return sizes

@@ -1,0 +1,135 @@
+"""Build a plan for real: a transformers model with the method's layers, and its optimizer."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effprof.errors import NoDeviceError, UsageError
+from effprof.plan import Plan
+from effprof.step import Step, Trained, Unit, work_out
+from effprof.trainer.layer import DTYPES, MethodLinear
+from effprof.trainer.optimizer import MethodOptimizer
+
+# SDPA's backend is chosen around the forward; transformers is always told which of its two code paths to take.
+_ATTENTION = {"sdpa": "sdpa", "math": "sdpa", "eager": "eager"}
+
+
+def build(
+    plan: Plan, device: str | None = None, *, lr: float = 1e-3, seed: int = 0
+) -> tuple[nn.Module, MethodOptimizer]:
+    """The model and the optimizer of a plan, on ``device`` (the plan's by default), freshly initialised.
+
+    Raises NoDeviceError where a GPU is asked for and there is none.
+    """
+    place = resolve_device(device or plan.device)
+    step = work_out(plan)
+    model = build_model(step, place, seed=seed)
+    return model, MethodOptimizer(step, trained_parameters(step, model), lr, seed=seed)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of a name. Raises NoDeviceError."""
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise NoDeviceError("No CUDA GPU is available here.", "Add --device cpu to run on the CPU.")
+    return torch.device(name)
+
+
+def build_model(step: Step, device: torch.device, *, seed: int) -> nn.Module:
+    """The model on meta, its targeted layers swapped, then allocated once on ``device`` and initialised."""
+    model = _skeleton(step)
+    for unit in step.placed():
+        if unit.layer_half:
+            _swap(model, unit, step)
+        elif not unit.trained:
+            model.get_parameter(unit.matrix.name).requires_grad_(False)
+    if step.plan.freeze_rest:
+        _freeze_biases(model, step)
+    model.to_empty(device=device)
+    model.tie_weights()  # type: ignore[operator]
+    _initialise(model, seed)
+    if step.plan.checkpointing == "full":
+        model.gradient_checkpointing_enable()  # type: ignore[operator]
+    return model.train()
+
+
+def _skeleton(step: Step) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    values = {k: v for k, v in step.architecture.config.items() if k != "model_type"}
+    values |= {"use_cache": False, "dtype": None, "torch_dtype": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = AutoConfig.for_model(
+            step.architecture.model_type, **{k: v for k, v in values.items() if v is not None}
+        )
+        if isinstance(config.pad_token_id, int) and not 0 <= config.pad_token_id < config.vocab_size:
+            config.pad_token_id = None  # phi3's default lies outside small vocabularies
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                config,
+                dtype=DTYPES[step.plan.weight_dtype],
+                attn_implementation=_ATTENTION[step.plan.attention],
+            )
+    return model
+
+
+def _swap(model: nn.Module, unit: Unit, step: Step) -> None:
+    path, _, name = unit.matrix.name.removesuffix(".weight").rpartition(".")
+    parent = model.get_submodule(path)
+    linear = getattr(parent, name)
+    half = step.plan.halves.layer
+    assert half is not None
+    setattr(parent, name, MethodLinear(half, unit, step, step.plan.layer_settings, linear.bias))
+
+
+def _freeze_biases(model: nn.Module, step: Step) -> None:
+    trained = {parameter_name(unit, t) for unit in step.placed() for t in unit.trained}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
+@torch.no_grad()
+def _initialise(model: Any, seed: int) -> None:
+    """transformers' own initialisation for its modules, the method's for its layers, each from the seed."""
+    torch.manual_seed(seed)
+    index = 0
+    for module in model.modules():
+        if isinstance(module, MethodLinear):
+            index += 1
+            module.initialise(seed * 1_000_003 + index)
+            if module.bias is not None:
+                module.bias.zero_()
+        else:
+            model._init_weights(module)
+
+
+def parameter_name(unit: Unit, trained: Trained) -> str:
+    """The name of a trained tensor among the model's parameters."""
+    if not unit.layer_half:
+        return unit.matrix.name
+    return f"{unit.matrix.name.removesuffix('weight')}{trained.tensor.name}"
+
+
+def trained_parameters(step: Step, model: nn.Module) -> Iterator[tuple[nn.Parameter, Trained]]:
+    """Every trainable parameter with what the step says of it, in the step's order."""
+    parameters = dict(model.named_parameters())
+    for unit in step.placed():
+        for trained in unit.trained:
+            yield parameters[parameter_name(unit, trained)], trained
+
+
+def declared_names(step: Step, model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of the model by name, checked to be exactly those the step declares."""
+    held = dict(model.named_parameters())
+    expected = {parameter_name(unit, t) for unit in step.placed() for t in unit.trained}
+    missing = expected - held.keys()
+    if missing:
+        raise UsageError(f"The model lacks {sorted(missing)[0]!r}.", "Use a supported model type.")
+    return {name: held[name] for name in expected}

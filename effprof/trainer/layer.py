@@ -1,0 +1,100 @@
+"""The one layer class and the one autograd function that host every method's layer half."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from effprof.registry import LayerHalf
+from effprof.step import Step, Unit
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "uint8": torch.uint8,
+}
+
+
+class MethodLinear(nn.Module):
+    """A linear layer whose weight is the tensors a method declares; x is … × columns, the result … × rows.
+
+    Trainable tensors are parameters and index tensors buffers, by the names the method gives them.
+    """
+
+    def __init__(
+        self, half: LayerHalf, unit: Unit, step: Step, settings: Any, bias: nn.Parameter | None
+    ) -> None:
+        super().__init__()
+        self.half, self.matrix, self.settings = half, unit.matrix, settings
+        self.in_features, self.out_features = unit.matrix.columns, unit.matrix.rows
+        self.names = tuple(tensor.name for tensor in unit.tensors)
+        for declared in unit.tensors:
+            dtype = DTYPES[step.dtype(declared.dtype)]
+            empty = torch.empty(declared.shape, dtype=dtype, device="meta")
+            if declared.role == "weights":
+                self.register_parameter(
+                    declared.name, nn.Parameter(empty, requires_grad=declared.trainable)
+                )
+            else:
+                self.register_buffer(declared.name, empty)
+        self.bias = bias
+
+    @torch.no_grad()
+    def initialise(self, seed: int, dense: Tensor | None = None) -> None:
+        """Fill every tensor as the method starts it, or from a dense matrix; the same on any device."""
+        for name, value in self.half.init(self.matrix, self.settings, seed, dense).items():
+            getattr(self, name).copy_(value)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.names}
+
+    @torch.no_grad()
+    def dense(self) -> Tensor | None:
+        """The matrix this layer multiplies by, rows × columns in fp32, or None where there is none."""
+        return self.half.dense(self.tensors(), self.settings)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tensors = self.tensors()
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x = x.to(dtype)
+            tensors = {
+                name: value.to(dtype) if value.is_floating_point() else value
+                for name, value in tensors.items()
+            }
+        with torch.autocast(x.device.type, enabled=False):
+            flat = x.reshape(-1, self.in_features)
+            out = cast(Tensor, _MethodFunction.apply(self, flat, *tensors.values()))  # type: ignore[no-untyped-call]
+            if self.bias is not None:
+                out = out.add_(self.bias.to(out.dtype))
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} → {self.out_features}, {self.settings}"
+
+
+class _MethodFunction(torch.autograd.Function):
+    """Calls a layer half's own forward and backward; what it saves goes through autograd's own storage."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: MethodLinear, x: Tensor, *tensors: Tensor) -> Tensor:
+        named = dict(zip(layer.names, tensors, strict=True))
+        out, saved = layer.half.forward(x, named, layer.settings)
+        ctx.layer, ctx.num_saved = layer, len(saved)
+        ctx.save_for_backward(x, *saved, *tensors)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        layer: MethodLinear = ctx.layer
+        x, *rest = ctx.saved_tensors
+        saved, tensors = rest[: ctx.num_saved], rest[ctx.num_saved :]
+        named: Mapping[str, Tensor] = dict(zip(layer.names, tensors, strict=True))
+        d_x, d_tensors = layer.half.backward(gradients[0], x, saved, named, layer.settings)
+        return None, d_x, *(d_tensors.get(name) for name in layer.names)
