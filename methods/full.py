@@ -63,11 +63,11 @@ def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:  # noqa: AR
 
 
 def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, tuple[Tensor, ...]]:  # noqa: ARG001
-    """Of ``update``: the gradient in fp32, then the denominator and the step."""
+    """Of ``update``: the denominator, the step, and the weight in fp32."""
     shape = matrix.shape
     return {
         "update": (
-            Tensor("gradient_fp32", shape, "fp32", "workspace"),
+            Tensor("weight_fp32", shape, "fp32", "workspace"),
             Tensor("denominator", shape, "fp32", "workspace"),
             Tensor("step", shape, "fp32", "workspace"),
         )
@@ -91,6 +91,7 @@ def update(group: Group, clock: Clock, settings: Settings) -> None:
     group.state["step"].add_(1)
     first.lerp_(gradient, 1 - beta1)
     second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    del gradient
     update_count = clock.update + 1
     correction1, correction2 = 1 - beta1**update_count, 1 - beta2**update_count
     denominator = second.sqrt().div_(correction2**0.5).add_(settings.eps)

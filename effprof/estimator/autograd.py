@@ -146,10 +146,16 @@ class Graph:
         out = Value(value.storage, value.numel, value.itemsize)
         return self.attach(out, label, (value,), (), _same)
 
-    def checkpoint(self, function: Callable[[Value], Value], x: Value) -> Value:
-        """Run ``function`` keeping only its input; backward runs it again (non-reentrant, early stop)."""
+    def checkpoint(
+        self, function: Callable[[Value], Value], x: Value, after: Callable[[], None], rng_bytes: int
+    ) -> Value:
+        """Run ``function`` keeping only its input; backward runs it again (non-reentrant, early stop).
+
+        ``after`` is called when a second run ends; ``rng_bytes`` of random state are kept beside the input.
+        """
         self.mark_activation(x)
-        frame = _Frame(self, function, x)
+        frame = _Frame(self, function, x, after)
+        frame.rng = self.allocate(rng_bytes, 1, "rng_state", "activations")
         self.saving = frame.hold
         out = function(x)
         self.saving = None
@@ -251,12 +257,16 @@ class _StopRecompute(Exception):  # noqa: N818 - control flow, as torch.utils.ch
 class _Frame:
     """One checkpointed call."""
 
-    __slots__ = ("function", "graph", "holders", "recomputed", "x")
+    __slots__ = ("after", "function", "graph", "holders", "recomputed", "rng", "x")
 
-    def __init__(self, graph: Graph, function: Callable[[Value], Value], x: Value) -> None:
+    def __init__(
+        self, graph: Graph, function: Callable[[Value], Value], x: Value, after: Callable[[], None]
+    ) -> None:
         self.graph = graph
         self.function = function
         self.x = x
+        self.after = after
+        self.rng: Value | None = None
         self.holders: list[weakref.ref[Holder]] = []
         self.recomputed = 0
 
@@ -284,7 +294,7 @@ class _Frame:
         try:
             self.function(self.x)
         except _StopRecompute:
-            pass
+            self.after()
         graph.module, graph.recording, graph.saving = outer
 
 

@@ -16,6 +16,8 @@ from effprof.step import Step, Unit
 
 Weights = Mapping[str, Value]
 
+CPU_RNG_STATE = 5056  # bytes of torch.get_rng_state(), which a checkpoint keeps; a GPU's is kept on the CPU
+
 
 class Decoder:
     """One model on a graph. ``forward`` returns (loss, logits); weights are allocated on construction."""
@@ -56,12 +58,14 @@ class Decoder:
         hidden = ops.embedding(graph, self.weight("model.embed_tokens.weight"), ids, shape.hidden)
         if shape.gemma:
             hidden = ops.scale(graph, hidden, "embed_scale")
+        positions = graph.allocate(self.plan.seq_len, 8, "position_ids")
         cos, sin = self._rotary_embeddings(hidden.itemsize)
         mask = self._mask(hidden.itemsize)
+        rng_bytes = CPU_RNG_STATE if self.plan.device == "cpu" else 0
         for index in range(shape.layers):
-            layer = _Layer(self, index, cos, sin, mask)
+            layer = _Layer(self, index, cos, sin, mask, positions)
             if self.plan.checkpointing == "full":
-                hidden = graph.checkpoint(layer.forward, hidden)
+                hidden = graph.checkpoint(layer.forward, hidden, self.casts.clear, rng_bytes)
             else:
                 hidden = layer.forward(hidden)
         graph.module = "model.norm."
@@ -69,7 +73,7 @@ class Decoder:
         graph.module = "lm_head."
         head = self.weight("model.embed_tokens.weight" if shape.tied else "lm_head.weight")
         logits = self.linear(hidden, head, shape.vocab)
-        del hidden, cos, sin, mask
+        del hidden, layer, cos, sin, mask, positions
         if shape.logit_softcap:
             logits = ops.scale(graph, logits, "softcap")
             logits = ops.from_result(graph, logits, "tanh")
@@ -210,13 +214,20 @@ class _Layer:
     """One decoder layer's forward."""
 
     def __init__(
-        self, decoder: Decoder, index: int, cos: Value, sin: Value, mask: Value | None
+        self,
+        decoder: Decoder,
+        index: int,
+        cos: Value,
+        sin: Value,
+        mask: Value | None,
+        positions: Value,
     ) -> None:
         self.decoder = decoder
         self.graph = decoder.graph
         self.shape = decoder.shape
         self.index = index
         self.cos, self.sin, self.mask = cos, sin, mask
+        self.positions = positions  # an argument: a checkpoint keeps it
         self.path = f"model.layers.{index}."
         self.matrices = {m.kind: m for m in decoder.shape.layer_matrices()}
 
@@ -285,7 +296,11 @@ class _Layer:
         graph = self.graph
         straight = ops.mul(graph, x, self.cos, "cos")
         crossed = ops.mul(graph, self._rotate_half(x), self.sin, "sin")
-        return ops.add(graph, straight, crossed, "rotated")
+        del x
+        rotated = ops.add(graph, straight, crossed, "rotated")
+        del straight, crossed
+        # phi3 rejoins the rotated part with the rest of each head (partial rotary): one more copy.
+        return ops.copy(graph, rotated, rotated.numel, "cat") if self.shape.fused else rotated
 
     def _rotate_half(self, x: Value) -> Value:
         first, second = ops.half(self.graph, x), ops.half(self.graph, x)
@@ -337,7 +352,9 @@ def _flash(decoder: Decoder, query: Value, key: Value, value: Value) -> Value:
     def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
         return [graph.allocate(*size, "d_qkv") for size in sizes]
 
-    return graph.attach(out, "sdpa", (query, key, value), saved, rule)
+    out = graph.attach(out, "sdpa", (query, key, value), saved, rule)
+    # The kernel's output follows the query's layout: phi3's concatenated query needs a transposed copy.
+    return ops.copy(graph, out, out.numel, "contiguous") if shape.fused else out
 
 
 def _eager(

@@ -11,7 +11,8 @@ from effprof import allocator
 from effprof import tape as tapes
 from effprof.estimator.autograd import Graph, Value
 from effprof.estimator.decoder import Decoder
-from effprof.step import Step, Trained, Unit
+from effprof.gpus import DEFAULT, Gpu
+from effprof.step import Step, Trained
 from effprof.tape import Peak, Tape
 
 
@@ -32,9 +33,9 @@ class Memory:
         return None if self.reserved is None or self.context is None else self.reserved + self.context
 
 
-def memory(step: Step, *, context: int = 0) -> Memory:
-    """Synthesize and replay a plan's tape. ``context`` is what the driver holds outside the allocator, in bytes."""
-    tape = synthesize(step)
+def memory(step: Step, gpu: Gpu = DEFAULT) -> Memory:
+    """Synthesize and replay a plan's tape as ``gpu`` runs it."""
+    tape = synthesize(step, gpu)
     if step.plan.device == "cpu":
         peak = tapes.peak(tape)
         return Memory(peak, peak.size, None, None, tape, None)
@@ -42,16 +43,16 @@ def memory(step: Step, *, context: int = 0) -> Memory:
     replay = allocator.replay(tape.events, len(tape.roles), expandable=expandable)
     peak = tapes.peak(tape, replay.blocks)
     return Memory(
-        peak, replay.peak_requested, replay.peak_reserved, context, tape, replay.blocks
+        peak, replay.peak_requested, replay.peak_reserved, gpu.context, tape, replay.blocks
     )
 
 
-def synthesize(step: Step) -> Tape:
+def synthesize(step: Step, gpu: Gpu = DEFAULT) -> Tape:
     """The tape of build, a first update, a steady one and, where the method has one, a periodic one."""
     with _no_collector():
         tape = Tape()
         graph = Graph(tape)
-        run = _Run(graph, step)
+        run = _Run(graph, step, gpu.workspace)
         kinds = ["first", "steady", *(["periodic"] if step.plan.halves.periods else [])]
         for kind in kinds:
             run.update(kind)
@@ -75,10 +76,11 @@ def _no_collector() -> Iterator[None]:
 class _Run:
     """A model with its optimizer state, updated a few times on one graph."""
 
-    def __init__(self, graph: Graph, step: Step) -> None:
+    def __init__(self, graph: Graph, step: Step, workspace: int) -> None:
         self.graph = graph
         self.step = step
         self.plan = step.plan
+        self.workspace = workspace
         graph.tape.mark("build", "build")
         self.decoder = Decoder(graph, step)
         self.trained = [
@@ -130,7 +132,7 @@ class _Run:
     def _workspace(self, thread: str) -> None:
         """cuBLAS keeps one workspace per handle, and backward's thread has a handle of its own."""
         if self.plan.device == "cuda" and len(self.workspaces) < 2:
-            value = self.graph.allocate(CUBLAS_WORKSPACE, 1, f"cublas_{thread}")
+            value = self.graph.allocate(self.workspace, 1, f"cublas_{thread}")
             self.workspaces.append(value)
 
     def _allocate_state(self) -> None:
@@ -165,7 +167,3 @@ class _Run:
         del held
 
 
-# torch 2.13 CublasHandlePool.cpp: 2 × 4 MiB + 8 × 16 KiB, before Hopper.
-CUBLAS_WORKSPACE = 8_519_680
-
-__all__ = ["Memory", "Unit", "memory", "synthesize"]

@@ -40,7 +40,7 @@ class CpuRecorder:
 
     def name(self, names: Names) -> None:
         """Roles and labels of storages alive now, by data pointer."""
-        self._names.append((len(self._marks), names))
+        self._names.append((len(self._marks) + 1, names))
         self.mark(*self._marks[-1])
 
     def tape(self) -> Tape:

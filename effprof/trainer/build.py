@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from effprof.errors import NoDeviceError, UsageError
+from effprof.errors import NoDeviceError
 from effprof.plan import Plan
 from effprof.step import Step, Trained, Unit, work_out
 from effprof.trainer.layer import DTYPES, MethodLinear
@@ -54,7 +54,7 @@ def build_model(step: Step, device: torch.device, *, seed: int) -> nn.Module:
     model.tie_weights()  # type: ignore[operator]
     _initialise(model, seed)
     if step.plan.checkpointing == "full":
-        model.gradient_checkpointing_enable()  # type: ignore[operator]
+        model.activation_checkpointing_enable()  # type: ignore[operator]
     return model.train()
 
 
@@ -123,13 +123,3 @@ def trained_parameters(step: Step, model: nn.Module) -> Iterator[tuple[nn.Parame
     for unit in step.placed():
         for trained in unit.trained:
             yield parameters[parameter_name(unit, trained)], trained
-
-
-def declared_names(step: Step, model: nn.Module) -> dict[str, Tensor]:
-    """Tensors of the model by name, checked to be exactly those the step declares."""
-    held = dict(model.named_parameters())
-    expected = {parameter_name(unit, t) for unit in step.placed() for t in unit.trained}
-    missing = expected - held.keys()
-    if missing:
-        raise UsageError(f"The model lacks {sorted(missing)[0]!r}.", "Use a supported model type.")
-    return {name: held[name] for name in expected}

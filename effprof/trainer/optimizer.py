@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from effprof import registry
 from effprof.registry import Clock, Group, Method
 from effprof.registry import Tensor as Declared
 from effprof.step import Step, Trained
@@ -45,7 +46,7 @@ class MethodOptimizer(torch.optim.Optimizer):
         """torch's optimizer over the hosted group, sharing this one's group and state."""
         plan = self._step.plan
         group = next(g for g in self.param_groups if g["hosted"])
-        half: Any = self._method.update if self._method.hosted else _rest()
+        half: Any = self._method.update if self._method.hosted else registry.rest()
         settings = plan.optimizer_settings if self._method.hosted else plan.rest_settings
         kind: Callable[..., torch.optim.Optimizer] = getattr(torch.optim, half.TORCH_OPTIMIZER)
         inner = kind(
@@ -84,7 +85,7 @@ class MethodOptimizer(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state.update({d.name: self._zeros(d, parameter) for d in trained.state})
-        half: Any = self._method.update if trained.covered else _rest()
+        half: Any = self._method.update if trained.covered else registry.rest()
         plan = self._step.plan
         settings = plan.optimizer_settings if trained.covered else plan.rest_settings
         assert parameter.grad is not None
@@ -118,8 +119,3 @@ class MethodOptimizer(torch.optim.Optimizer):
     def method(self) -> Method:
         return self._method
 
-
-def _rest() -> Any:
-    from effprof import registry
-
-    return cast(Any, registry.rest())

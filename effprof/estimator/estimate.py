@@ -1,0 +1,139 @@
+"""estimate(plan): everything effprof can say about a plan without running it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from effprof import gpus
+from effprof.estimator.flops import UpdateFlops, flops
+from effprof.estimator.memory import Memory, memory
+from effprof.gpus import Gpu
+from effprof.plan import Plan
+from effprof.step import Step, work_out
+
+SCHEMA = "effprof.estimate/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Whether a card holds the process; ``headroom`` is memory minus the process total, in bytes."""
+
+    gpu: Gpu
+    fits: bool
+    headroom: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One plan's answer. ``paper`` is the published tables' weights + optimizer figure in bytes, with its rule."""
+
+    plan: Plan
+    step: Step
+    memory: Memory
+    flops: UpdateFlops
+    paper: tuple[int, str] | None
+    fits: tuple[Fit, ...]
+    not_modelled: tuple[str, ...]
+
+    @property
+    def total(self) -> int:
+        """The bytes that have to fit: the process on a GPU, the allocator's peak on a CPU."""
+        process = self.memory.process_total
+        return self.memory.peak.size if process is None else process
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON document of DESIGN section 4: sizes in bytes, FLOPs per optimizer update."""
+        peak, step, count = self.memory.peak, self.step, self.flops
+        cuda = self.memory.reserved is not None
+        return {
+            "schema": SCHEMA,
+            "plan": self.plan.as_dict(),
+            "parameters": {
+                "total": step.count(),
+                "trainable": step.count(trainable=True),
+                "targeted": step.count(targeted=True),
+            },
+            "paper": None
+            if self.paper is None
+            else {"model_states": self.paper[0], "convention": self.paper[1]},
+            "memory": {
+                **peak.by_role,
+                "peak_phase": peak.phase,
+                "peak_update": peak.update,
+                "peak_allocated": peak.size,
+                "peak_reserved": self.memory.reserved if cuda else None,
+                "context": self.memory.context if cuda else None,
+                "process_total": self.memory.process_total,
+            },
+            "resident": step.resident(),
+            "flops": {
+                "forward_per_token": round(count.forward_per_token),
+                "dense_equivalent": count.dense_equivalent,
+                "executed": count.executed,
+                "update": count.update,
+                "periodic": round(count.periodic),
+            },
+            "time": None,
+            "quality": None,
+            "fits": [
+                {
+                    "gpu": fit.gpu.name,
+                    "memory": fit.gpu.memory,
+                    "fits": fit.fits,
+                    "headroom": fit.headroom,
+                }
+                for fit in self.fits
+            ],
+            "not_modelled": list(self.not_modelled),
+        }
+
+
+def estimate(plan: Plan) -> Estimate:
+    """Memory, FLOPs and fit of a plan, in milliseconds and without torch. Raises UsageError."""
+    card = gpus.gpu(plan.gpu) if plan.gpu else gpus.DEFAULT
+    step = work_out(plan)
+    found = memory(step, card)
+    total = found.process_total
+    fits = []
+    if total is not None:
+        common = [gpu for gpu in gpus.catalog().values() if gpu.common and gpu.name != plan.gpu]
+        cards = [card, *common] if plan.gpu else common
+        # Each card's own context: a Turing card's is a fifth of an Ampere's.
+        assert found.reserved is not None
+        fits = [
+            Fit(gpu, found.reserved + gpu.context <= gpu.memory, gpu.memory - found.reserved - gpu.context)
+            for gpu in cards
+        ]
+    return Estimate(plan, step, found, flops(step), _paper(step), tuple(fits), _not_modelled(plan))
+
+
+def _paper(step: Step) -> tuple[int, str] | None:
+    """Published tables count bf16 weights and optimizer states, 2 bytes a number, 8 an index, nothing else."""
+    method = step.plan.halves
+    rule = method.facts.convention
+    own_update = getattr(method.addressed, "UPDATE", method.update) is method.update
+    if not rule or not own_update:
+        return None
+    numbers = indices = 0
+    for unit, times in step.units():
+        for tensor in unit.tensors:
+            if tensor.role == "buffers":
+                indices += times * tensor.numel
+            else:
+                numbers += times * tensor.numel
+        for trained in unit.trained:
+            numbers += times * sum(tensor.numel for tensor in trained.state if tensor.shape)
+    return 2 * numbers + 8 * indices, rule
+
+
+def _not_modelled(plan: Plan) -> tuple[str, ...]:
+    found = []
+    if plan.compile:
+        found.append("--compile: fused kernels keep other tensors than eager ones")
+    if plan.rows == "packed-isolated":
+        found.append("--rows packed-isolated: the block-diagonal attention mask")
+    shape = plan.architecture
+    if shape.sliding_window and plan.seq_len > shape.sliding_window and plan.attention != "eager":
+        found.append(f"the sliding-window mask ({shape.sliding_window} of {plan.seq_len} positions)")
+    return tuple(found)

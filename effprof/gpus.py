@@ -1,0 +1,79 @@
+"""Which GPU: its memory, compute capability and peak, from the catalog or from numbers."""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from dataclasses import dataclass
+
+from effprof.errors import UsageError, unknown
+from effprof.model import PRESETS
+from effprof.units import MIB, parse_bytes
+
+# Memory of a process outside the allocator after its first kernels: measured on an RTX A6000 (torch 2.14.1+cu130) and a
+# Tesla T4 (fitcheck-llm 0.3.1). A probe on the card itself replaces it.
+CONTEXT = 744_685_568
+CONTEXT_TURING = 141 * MIB
+
+# torch 2.13 CublasHandlePool.cpp: 2 × 4 MiB + 8 × 16 KiB per handle; 32 MiB from compute capability 9.0.
+WORKSPACE = 8_519_680
+WORKSPACE_HOPPER = 32 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """``memory`` in bytes, ``bf16_flops`` the dense peak per second or None where it is not known."""
+
+    name: str
+    title: str
+    memory: int
+    capability: float | None = None
+    bf16_flops: float | None = None
+    common: bool = False
+
+    @property
+    def context(self) -> int:
+        """Bytes a process holds outside the caching allocator."""
+        return CONTEXT_TURING if self.capability and self.capability < 8 else CONTEXT
+
+    @property
+    def workspace(self) -> int:
+        """Bytes of one cuBLAS workspace."""
+        return WORKSPACE_HOPPER if self.capability and self.capability >= 9 else WORKSPACE
+
+
+@functools.cache
+def catalog() -> dict[str, Gpu]:
+    """Every GPU by name."""
+    with open(PRESETS / "gpus.toml", "rb") as file:
+        table = tomllib.load(file)
+    return {
+        name: Gpu(
+            name,
+            row["title"],
+            row["memory_mib"] * MIB,
+            row["capability"],
+            row["bf16_tflops"] * 1e12 if "bf16_tflops" in row else None,
+            row.get("common", False),
+        )
+        for name, row in table.items()
+    }
+
+
+def gpu(text: str) -> Gpu:
+    """A GPU by catalog name, or by its memory as ``mem=24GB``. Raises UsageError."""
+    name = text.lower().replace("_", "-").replace(" ", "-")
+    if name in catalog():
+        return catalog()[name]
+    if "=" in text:
+        given = dict(part.partition("=")[::2] for part in text.split(","))
+        extra = given.keys() - {"mem"}
+        if extra or "mem" not in given:
+            raise UsageError(
+                f"--gpu {text!r} is not understood.", "Give the memory as --gpu mem=24GB (or 22.5GiB)."
+            )
+        return Gpu(text, text, parse_bytes(given["mem"], "--gpu mem"))
+    raise unknown("GPU", text, catalog(), "Or give its memory: --gpu mem=24GB.")
+
+
+DEFAULT = Gpu("", "an Ampere-class card", 0)

@@ -1,0 +1,178 @@
+"""Results as people read them in a terminal: tables within 100 columns."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from effprof import registry
+from effprof.estimator.estimate import Estimate
+from effprof.model import Architecture
+from effprof.registry import Method
+from effprof.tape import ROLES
+from effprof.units import GB, gib, quantity
+
+_ROLE_HELP = {
+    "weights": "parameters as the method stores them",
+    "gradients": "alive at that instant",
+    "optimizer": "moments, projectors, counters",
+    "buffers": "indices, rotary tables",
+    "activations": "kept for backward, batch, logits",
+    "workspace": "temporaries, cuBLAS",
+}
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console no wider than 100 columns; without a terminal 100, unless COLUMNS says otherwise."""
+    plain = Console(stderr=stderr, highlight=False)
+    width = plain.width if plain.is_terminal or "COLUMNS" in os.environ else 100
+    return Console(stderr=stderr, highlight=False, width=min(width, 100))
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, name in enumerate(columns):
+        made.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    return made
+
+
+def show_estimate(result: Estimate) -> None:
+    """The answer to: what does it need, where is the peak, which cards hold it."""
+    out, plan, peak = console(), result.plan, result.memory.peak
+    out.print(Text(_headline(result), style="bold"))
+    out.print(_describe(result))
+    where = f"{peak.phase} of the {peak.update} update"
+    rows = Table(box=None, pad_edge=False, header_style="bold")
+    rows.add_column("at the peak")
+    rows.add_column("size", justify="right")
+    rows.add_column("share", justify="right")
+    rows.add_column(f"({where})", style="dim")
+    for role in ROLES:
+        size = peak.by_role[role]
+        rows.add_row(role, gib(size), f"{100 * size / peak.size:.0f} %", _ROLE_HELP[role])
+    rows.add_section()
+    rows.add_row("allocated", gib(peak.size), "", "max_memory_allocated" if plan.device == "cuda" else "CPU allocator")
+    if result.memory.reserved is not None and result.memory.context is not None:
+        fragmentation = result.memory.reserved - peak.size
+        rows.add_row("reserved", gib(result.memory.reserved), "", f"segments; {gib(fragmentation)} unused in them")
+        rows.add_row("process", gib(result.total), "", f"with {gib(result.memory.context)} of CUDA context: what NVML shows")
+    out.print(rows)
+    if result.paper:
+        out.print(
+            f"Published tables would say {result.paper[0] / GB:.3f} GB: {result.paper[1]}.", style="dim"
+        )
+    _show_flops(out, result)
+    _show_fits(out, result)
+    for note in result.not_modelled:
+        out.print(f"Not modelled: {note}.", style="yellow")
+    _show_share(out, result)
+    out.print(f"Next: effprof probe --model {plan.model} --method {plan.method} holds this against a real run.")
+
+
+def _headline(result: Estimate) -> str:
+    plan, step = result.plan, result.step
+    held, dense = step.count(), step.architecture.parameters
+    size = f"{quantity(held)} parameters" + (f" (dense {quantity(dense)})" if held != dense else "")
+    method = plan.method if plan.update == getattr(plan.halves.update, "__name__", "").rpartition(".")[2] else plan.method
+    rank = f", rank {plan.rank}" if plan.rank else ""
+    return f"{plan.model} · {method}{rank} · {size}"
+
+
+def _describe(result: Estimate) -> str:
+    plan = result.plan
+    parts = [
+        f"{plan.micro_batch} × {plan.seq_len} positions",
+        f"accumulation {plan.grad_accum}" if plan.grad_accum > 1 else "",
+        plan.dtype,
+        f"{plan.update} updates" if plan.update != plan.method else "",
+        f"AdamW {plan.optimizer_impl}",
+        f"attention {plan.attention}",
+        "checkpointing" if plan.checkpointing == "full" else "",
+        f"{plan.allocator} allocator" if plan.device == "cuda" else "on the CPU",
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def _show_flops(out: Console, result: Estimate) -> None:
+    flops, plan = result.flops, result.plan
+    line = f"FLOPs per update: {quantity(flops.executed, 'FLOP')}"
+    if flops.executed != flops.dense_equivalent:
+        line += f" (a dense model: {quantity(flops.dense_equivalent, 'FLOP')})"
+    line += f"; optimizer {quantity(flops.update + flops.periodic, 'FLOP')}"
+    out.print(line)
+    if plan.tokens:
+        per_update = plan.global_batch * plan.seq_len
+        updates = -(-plan.tokens // per_update)
+        total = updates * (flops.executed + flops.update + flops.periodic)
+        out.print(f"Run of {quantity(plan.tokens)} tokens: {updates:,} updates, {quantity(total, 'FLOP')}")
+
+
+def _show_fits(out: Console, result: Estimate) -> None:
+    if not result.fits:
+        return
+    if result.plan.gpu:
+        fit = result.fits[0]
+        verdict = f"fits with {gib(fit.headroom)} to spare" if fit.fits else f"does not fit by {gib(-fit.headroom)}"
+        out.print(Text(f"{fit.gpu.title}: {verdict}", style="bold green" if fit.fits else "bold red"))
+        return
+    holds = [f"{fit.gpu.title} (+{gib(fit.headroom, 1)})" for fit in result.fits if fit.fits]
+    out.print("Fits on: " + (", ".join(holds) if holds else "none of the common cards"))
+
+
+def _show_share(out: Console, result: Estimate) -> None:
+    shape = result.step.architecture
+    taken = sum(u.matrix.numel * n for u, n in result.step.units() if u.targeted)
+    share = taken / shape.parameters
+    out.print(f"The method takes {100 * share:.0f} % of the model's parameters; the rest is AdamW.")
+    if share < 0.5:
+        out.print("Less than half: embeddings and head dominate this size.", style="yellow")
+
+
+def show_methods(methods: Sequence[Method]) -> None:
+    """One line per method."""
+    rows = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("method", "what it does", "paper", "kind"):
+        rows.add_column(name)
+    for method in methods:
+        kind = "layer" if method.layer else "update"
+        rows.add_row(method.name, method.facts.summary, method.facts.paper, kind)
+    out = console()
+    out.print(rows)
+    out.print("Next: effprof methods NAME shows settings, costs and deviations.")
+
+
+def show_method(method: Method) -> None:
+    """Facts, settings with their defaults by size, and every deviation from paper and release."""
+    out, facts = console(), method.facts
+    out.print(Text(f"{method.name}: {facts.title}", style="bold"))
+    out.print(f"{facts.summary}\nPaper: {facts.paper} ({facts.equations})\nReference code: {facts.reference}")
+    sizes = list(facts.defaults)
+    rows = table("setting", "default", *sizes)
+    for key, field in registry.setting_fields(method.addressed).items():
+        default = "" if field.default is dataclasses.MISSING else str(field.default)
+        rows.add_row(key, default, *(str(facts.defaults[size].get(key, "")) for size in sizes))
+    out.print(rows)
+    out.print("Deviations:")
+    for line in facts.deviations:
+        out.print(f"- {line}")
+
+
+def show_models(shapes: Sequence[Architecture]) -> None:
+    """One line per model."""
+    rows = table("model", "type", "parameters", "hidden", "layers", "heads", "kv", "mlp", "vocab")
+    for s in shapes:
+        numbers = (s.hidden, s.layers, s.heads, s.kv_heads, s.intermediate, s.vocab)
+        rows.add_row(s.name, s.model_type, f"{s.parameters:,}", *map(str, numbers))
+    console().print(rows)
+
+
+def line(text: str) -> None:
+    """One line of progress or advice, to people."""
+    sys.stderr.write(text + "\n")
