@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -60,13 +60,16 @@ class Step:
         for unit in self.layer:
             yield unit, self.architecture.layers
 
-    def placed(self) -> Iterator[Unit]:
-        """Every unit under its own name, in the order of the model's parameters."""
-        yield from self.before
-        for index in range(self.architecture.layers):
-            for unit in self.layer:
-                yield at_layer(unit, index)
-        yield from self.after
+    @functools.cached_property
+    def placed(self) -> tuple[tuple[str, Unit], ...]:
+        """Every unit with its own name, in the order of the model's parameters."""
+        layers = [
+            (unit.matrix.name.replace("layers.0.", f"layers.{index}."), unit)
+            for index in range(self.architecture.layers)
+            for unit in self.layer
+        ]
+        ends = [[(unit.matrix.name, unit) for unit in part] for part in (self.before, self.after)]
+        return (*ends[0], *layers, *ends[1])
 
     def count(self, *, trainable: bool = False, targeted: bool = False) -> int:
         """Parameters held; only trainable ones, or only those of targeted matrices, where asked."""
@@ -119,12 +122,6 @@ def work_out(plan: Plan) -> Step:
     if shape.head:
         after.append(_plain(plan, shape.head))
     return Step(plan, shape, tuple(layer), (_plain(plan, shape.embedding),), tuple(after))
-
-
-def at_layer(unit: Unit, index: int) -> Unit:
-    """A unit of the first layer, renamed for another."""
-    name = unit.matrix.name.replace("layers.0.", f"layers.{index}.")
-    return dataclasses.replace(unit, matrix=dataclasses.replace(unit.matrix, name=name, layer=index))
 
 
 def rotary_buffer_bytes(shape: Architecture) -> int:

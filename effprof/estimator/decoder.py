@@ -12,6 +12,7 @@ from effprof.estimator import operations as ops
 from effprof.estimator.autograd import Graph, Value
 from effprof.model import Architecture, Matrix
 from effprof.plan import Plan
+from effprof.registry import Tensor
 from effprof.step import Step, Unit
 
 Weights = Mapping[str, Value]
@@ -31,20 +32,16 @@ class Decoder:
         self.casts: dict[int, Value] = {}
         self.weights: dict[str, Weights] = {}
         self.units: dict[str, Unit] = {}
-        for unit in step.placed():
-            name = unit.matrix.name
+        for name, unit in step.placed:
             self.units[name] = unit
-            self.weights[name] = {
-                tensor.name: self._allocate(unit, tensor.name, step.nbytes(tensor), tensor.numel)
-                for tensor in unit.tensors
-            }
+            self.weights[name] = {tensor.name: self._place(name, tensor) for tensor in unit.tensors}
         half_dim = self.shape.head_dim // 2
         self.rotary = [graph.allocate(half_dim, 4, "inv_freq", "buffers") for _ in range(2)]
 
-    def _allocate(self, unit: Unit, name: str, size: int, numel: int) -> Value:
-        tensor = next(tensor for tensor in unit.tensors if tensor.name == name)
-        label = unit.matrix.name if name == "weight" else f"{unit.matrix.name[:-6]}{name}"
-        value = self.graph.parameter(numel, size // numel, label, trainable=tensor.trainable)
+    def _place(self, name: str, tensor: Tensor) -> Value:
+        label = name if tensor.name == "weight" else f"{name[:-6]}{tensor.name}"
+        itemsize = self.step.itemsize(tensor.dtype)
+        value = self.graph.parameter(tensor.numel, itemsize, label, trainable=tensor.trainable)
         self.graph.roles[value.storage.index] = tensor.role
         return value
 

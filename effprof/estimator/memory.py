@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from effprof import allocator
 from effprof import tape as tapes
-from effprof.estimator.autograd import Graph, Value
+from effprof.estimator.autograd import Graph, Leaf, Storage, Value
 from effprof.estimator.decoder import Decoder
 from effprof.gpus import DEFAULT, Gpu
 from effprof.step import Step, Trained
@@ -35,7 +35,11 @@ class Memory:
 
 def memory(step: Step, gpu: Gpu = DEFAULT) -> Memory:
     """Synthesize and replay a plan's tape as ``gpu`` runs it."""
-    tape = synthesize(step, gpu)
+    with _no_collector():
+        return _measure(step, synthesize(step, gpu), gpu)
+
+
+def _measure(step: Step, tape: Tape, gpu: Gpu) -> Memory:
     if step.plan.device == "cpu":
         peak = tapes.peak(tape)
         return Memory(peak, peak.size, None, None, tape, None)
@@ -49,21 +53,18 @@ def memory(step: Step, gpu: Gpu = DEFAULT) -> Memory:
 
 def synthesize(step: Step, gpu: Gpu = DEFAULT) -> Tape:
     """The tape of build, a first update, a steady one and, where the method has one, a periodic one."""
-    with _no_collector():
-        tape = Tape()
-        graph = Graph(tape)
-        run = _Run(graph, step, gpu.workspace)
-        kinds = ["first", "steady", *(["periodic"] if step.plan.halves.periods else [])]
-        for kind in kinds:
-            run.update(kind)
-        graph.close()
-        del run
+    tape = Tape()
+    graph = Graph(tape)
+    run = _Run(graph, step, gpu.workspace)
+    for kind in ("first", "steady", *(("periodic",) if step.plan.halves.periods else ())):
+        run.update(kind)
+    graph.close()
     return tape
 
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """Values are freed by reference counts alone; the cycle collector would only cost time."""
+    """Values are freed by reference counts alone: the cycle collector would only cost time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -80,22 +81,25 @@ class _Run:
         self.graph = graph
         self.step = step
         self.plan = step.plan
-        self.workspace = workspace
         graph.tape.mark("build", "build")
         self.decoder = Decoder(graph, step)
         self.trained = [
-            (unit, trained, self.decoder.weights[unit.matrix.name][trained.tensor.name])
-            for unit in step.placed()
+            (name, trained, self.decoder.weights[name][trained.tensor.name])
+            for name, unit in step.placed
             for trained in unit.trained
         ]
+        self.leaves = [value.node for _, _, value in self.trained if isinstance(value.node, Leaf)]
         self.state: list[Value] = []
-        self.workspaces: list[Value] = []
+        self.seen: dict[bool, tuple[int, int, int, int, int]] = {}
+        self.gradients: list[tuple[int, int, int]] = []
+        # cuBLAS keeps one workspace per handle, and backward's thread has a handle of its own.
+        threads = ("forward", "backward") if self.plan.device == "cuda" else ()
+        self.workspaces = [graph.allocate(workspace, 1, f"cublas_{thread}") for thread in threads]
 
     def update(self, kind: str) -> None:
         """One optimizer update with its micro-steps: forward, backward, the step, zero_grad."""
         graph, tape = self.graph, self.graph.tape
         for _ in range(min(self.plan.grad_accum, 2)):  # a first and a later micro-step say it all
-            tape.mark(kind, "forward")
             self._micro_step(kind)
         refreshes = bool(self.plan.halves.periods) and kind in ("first", "periodic")
         tape.mark(kind, "update")
@@ -113,31 +117,50 @@ class _Run:
             self._transient(trained, "update")
         graph.module = ""
         if self.plan.zero_grad == "none":
-            for _, _, value in self.trained:
-                value.node.gradient = None  # type: ignore[union-attr]
+            for leaf in self.leaves:
+                leaf.gradient = None
 
     def _micro_step(self, kind: str) -> None:
-        graph, plan = self.graph, self.plan
-        ids = graph.allocate(plan.positions, 8, "input_ids", "activations")
-        self._workspace("forward")
+        """Forward and backward; what ran before with gradients as they are now is repeated event by event."""
+        graph, tape = self.graph, self.graph.tape
+        tape.mark(kind, "forward")
+        present = self.leaves[0].gradient is not None
+        if present in self.seen:
+            self._repeat(kind, *self.seen[present])
+            return
+        first_event, first_storage = len(tape.events), len(tape.roles)
+        ids = graph.allocate(self.plan.positions, 8, "input_ids", "activations")
         loss, logits = self.decoder.forward(ids, ids)
         graph.mark_activation(logits)
-        kept = logits if plan.keep_logits else None
+        kept = logits if self.plan.keep_logits else None
         del logits
-        graph.tape.mark(kind, "backward")
-        self._workspace("backward")
+        turn = len(tape.events)
+        tape.mark(kind, "backward")
         graph.backward(loss)
-        del kept
+        del kept, ids, loss
+        if not present:
+            values = [leaf.gradient for leaf in self.leaves if leaf.gradient is not None]
+            self.gradients = [(v.storage.index, v.numel, v.itemsize) for v in values]
+        self.seen[present] = (first_event, turn, len(tape.events), first_storage, len(tape.roles))
 
-    def _workspace(self, thread: str) -> None:
-        """cuBLAS keeps one workspace per handle, and backward's thread has a handle of its own."""
-        if self.plan.device == "cuda" and len(self.workspaces) < 2:
-            value = self.graph.allocate(self.workspace, 1, f"cublas_{thread}")
-            self.workspaces.append(value)
+    def _repeat(self, kind: str, start: int, turn: int, end: int, first: int, last: int) -> None:
+        """Append events ``start`` to ``end`` again, with new storages for ``first`` to ``last``."""
+        tape = self.graph.tape
+        offset = len(tape.roles) - first
+        events = tape.events
+        events += [(storage + offset, size) for storage, size in events[start:turn]]
+        tape.mark(kind, "backward")
+        events += [(storage + offset, size) for storage, size in events[turn:end]]
+        tape.roles += tape.roles[first:last]
+        tape.labels += tape.labels[first:last]
+        if self.leaves[0].gradient is None:
+            for leaf, (index, numel, itemsize) in zip(self.leaves, self.gradients, strict=True):
+                storage = Storage(self.graph, index + offset, numel * itemsize)
+                leaf.gradient = Value(storage, numel, itemsize)
 
     def _allocate_state(self) -> None:
-        for unit, trained, _ in self.trained:
-            self.graph.module = f"{unit.matrix.name[:-6]}{trained.tensor.name}."
+        for name, trained, _ in self.trained:
+            self.graph.module = f"{name[:-6]}{trained.tensor.name}."
             for tensor in trained.state:
                 self.state.append(
                     self.graph.allocate(

@@ -43,13 +43,11 @@ def resolve_device(name: str) -> torch.device:
 def build_model(step: Step, device: torch.device, *, seed: int) -> nn.Module:
     """The model on meta, its targeted layers swapped, then allocated once on ``device`` and initialised."""
     model = _skeleton(step)
-    for unit in step.placed():
+    for name, unit in step.placed:
         if unit.layer_half:
-            _swap(model, unit, step)
+            _swap(model, name, unit, step)
         elif not unit.trained:
-            model.get_parameter(unit.matrix.name).requires_grad_(False)
-    if step.plan.freeze_rest:
-        _freeze_biases(model, step)
+            model.get_parameter(name).requires_grad_(False)
     model.to_empty(device=device)
     model.tie_weights()  # type: ignore[operator]
     _initialise(model, seed)
@@ -80,19 +78,13 @@ def _skeleton(step: Step) -> nn.Module:
     return model
 
 
-def _swap(model: nn.Module, unit: Unit, step: Step) -> None:
-    path, _, name = unit.matrix.name.removesuffix(".weight").rpartition(".")
+def _swap(model: nn.Module, weight: str, unit: Unit, step: Step) -> None:
+    path, _, name = weight.removesuffix(".weight").rpartition(".")
     parent = model.get_submodule(path)
     linear = getattr(parent, name)
     half = step.plan.halves.layer
     assert half is not None
     setattr(parent, name, MethodLinear(half, unit, step, step.plan.layer_settings, linear.bias))
-
-
-def _freeze_biases(model: nn.Module, step: Step) -> None:
-    trained = {parameter_name(unit, t) for unit in step.placed() for t in unit.trained}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
 
 
 @torch.no_grad()
@@ -110,16 +102,10 @@ def _initialise(model: Any, seed: int) -> None:
             model._init_weights(module)
 
 
-def parameter_name(unit: Unit, trained: Trained) -> str:
-    """The name of a trained tensor among the model's parameters."""
-    if not unit.layer_half:
-        return unit.matrix.name
-    return f"{unit.matrix.name.removesuffix('weight')}{trained.tensor.name}"
-
-
 def trained_parameters(step: Step, model: nn.Module) -> Iterator[tuple[nn.Parameter, Trained]]:
     """Every trainable parameter with what the step says of it, in the step's order."""
     parameters = dict(model.named_parameters())
-    for unit in step.placed():
+    for name, unit in step.placed:
         for trained in unit.trained:
-            yield parameters[parameter_name(unit, trained)], trained
+            key = f"{name.removesuffix('weight')}{trained.tensor.name}" if unit.layer_half else name
+            yield parameters[key], trained

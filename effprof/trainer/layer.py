@@ -31,7 +31,7 @@ class MethodLinear(nn.Module):
         self, half: LayerHalf, unit: Unit, step: Step, settings: Any, bias: nn.Parameter | None
     ) -> None:
         super().__init__()
-        self.half, self.matrix, self.settings = half, unit.matrix, settings
+        self.layer_half, self.matrix, self.settings = half, unit.matrix, settings
         self.in_features, self.out_features = unit.matrix.columns, unit.matrix.rows
         self.names = tuple(tensor.name for tensor in unit.tensors)
         for declared in unit.tensors:
@@ -48,7 +48,7 @@ class MethodLinear(nn.Module):
     @torch.no_grad()
     def initialise(self, seed: int, dense: Tensor | None = None) -> None:
         """Fill every tensor as the method starts it, or from a dense matrix; the same on any device."""
-        for name, value in self.half.init(self.matrix, self.settings, seed, dense).items():
+        for name, value in self.layer_half.init(self.matrix, self.settings, seed, dense).items():
             getattr(self, name).copy_(value)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -57,7 +57,7 @@ class MethodLinear(nn.Module):
     @torch.no_grad()
     def dense(self) -> Tensor | None:
         """The matrix this layer multiplies by, rows × columns in fp32, or None where there is none."""
-        return self.half.dense(self.tensors(), self.settings)
+        return self.layer_half.dense(self.tensors(), self.settings)
 
     def forward(self, x: Tensor) -> Tensor:
         tensors = self.tensors()
@@ -85,7 +85,7 @@ class _MethodFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: MethodLinear, x: Tensor, *tensors: Tensor) -> Tensor:
         named = dict(zip(layer.names, tensors, strict=True))
-        out, saved = layer.half.forward(x, named, layer.settings)
+        out, saved = layer.layer_half.forward(x, named, layer.settings)
         ctx.layer, ctx.num_saved = layer, len(saved)
         ctx.save_for_backward(x, *saved, *tensors)
         return out
@@ -96,5 +96,5 @@ class _MethodFunction(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         saved, tensors = rest[: ctx.num_saved], rest[ctx.num_saved :]
         named: Mapping[str, Tensor] = dict(zip(layer.names, tensors, strict=True))
-        d_x, d_tensors = layer.half.backward(gradients[0], x, saved, named, layer.settings)
+        d_x, d_tensors = layer.layer_half.backward(gradients[0], x, saved, named, layer.settings)
         return None, d_x, *(d_tensors.get(name) for name in layer.names)
