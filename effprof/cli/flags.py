@@ -94,7 +94,7 @@ def plan_values(flags: Mapping[str, Any]) -> dict[str, Any]:
         values["tokens"] = parse_count(values["tokens"], "--tokens")
     if "targets" in values:
         values["targets"] = tuple(part.strip() for part in values["targets"].split(","))
-    base = read_config(path) if path else {}
+    base = read_table(path, "plan") if path else {}
     if base and {"method", "update"} & values.keys():
         base = {k: v for k, v in base.items() if k not in ("settings", "update_settings", "rank", "update")}
     for one in text:
@@ -116,15 +116,30 @@ def plan_from(flags: Mapping[str, Any]) -> Plan:
     return from_dict(plan_values(flags))
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The ``[plan]`` table of a run.toml. Raises UsageError."""
+def default_device(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags with the device that is here, where none was asked for: a run cannot use another."""
+    if "device" in flags or "config" in flags:
+        return dict(flags)
+    import torch
+
+    return {**flags, "device": "cuda" if torch.cuda.is_available() else "cpu"}
+
+
+def read_table(path: Path, name: str) -> dict[str, Any]:
+    """One table of a run.toml; a file without tables is its plan. Raises UsageError."""
     import tomllib
 
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as problem:
         raise UsageError(f"Cannot read {str(path)!r}: {problem.strerror}.", "Give a run.toml.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise UsageError(f"{str(path)!r} is not TOML: {problem}.", "Give a run.toml.") from None
-    plan = table.get("plan", table)
-    return dict(plan)
+    unknown_tables = document.keys() - {"plan", "train"}
+    if "plan" not in document and "train" not in document:
+        document, unknown_tables = {"plan": document}, set()
+    if unknown_tables:
+        raise UsageError(
+            f"{str(path)!r} has an unknown table [{sorted(unknown_tables)[0]}].", "Known: [plan] and [train]."
+        )
+    return dict(document.get(name, {}))

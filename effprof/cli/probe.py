@@ -1,6 +1,45 @@
 """effprof probe: a short real run, held against the estimate."""
+
 from __future__ import annotations
-NAME="probe"; EPILOG=""
-def command() -> int:
-    """x"""
-    return 0
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from effprof.cli.flags import default_device, plan_from, with_plan_flags
+
+NAME = "probe"
+EPILOG = (
+    "Examples:  effprof probe --model 9m --method galore --micro-batch 4   |   "
+    "effprof probe --model 1b --method sltrain --device cuda --json"
+)
+
+
+@with_plan_flags
+def command(
+    flags: Mapping[str, Any],
+    time_limit: Annotated[float, typer.Option(help="Seconds before the probe is stopped.")] = 900.0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document and nothing else.")
+    ] = False,
+) -> int:
+    """Run the plan's step for real in a process of its own and compare; exit 3 when memory runs out."""
+    plan = plan_from(default_device(flags))
+
+    from effprof.trainer.build import resolve_device
+
+    resolve_device(plan.device)
+
+    from effprof.estimator.compare import compare
+    from effprof.trainer.probe import probe
+
+    result = compare(probe(plan, time_limit=time_limit))
+    if as_json:
+        print(json.dumps(result.as_dict()))
+    else:
+        from effprof.report.terminal import show_probe
+
+        show_probe(result)
+    return {"ok": 0, "oom": 3}.get(result.outcome, 1)

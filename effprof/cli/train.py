@@ -1,6 +1,94 @@
-"""effprof train: a short real run, held against the estimate."""
+"""effprof train: a full run."""
+
 from __future__ import annotations
-NAME="train"; EPILOG=""
-def command() -> int:
-    """x"""
-    return 0
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from effprof.cli.flags import default_device, plan_from, read_table, with_plan_flags
+
+NAME = "train"
+EPILOG = (
+    "Examples:  effprof train --model 9m --method lowrank --steps 100   |   "
+    "effprof train --model 60m --method galore --tokens 50M --data my_texts/ --out runs/a --resume"
+)
+
+
+@with_plan_flags
+def command(
+    flags: Mapping[str, Any],
+    steps: Annotated[int | None, typer.Option(help="Optimizer updates.", show_default=False)] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate. [the method's]", show_default=False)
+    ] = None,
+    warmup: Annotated[
+        int | None, typer.Option(help="Updates of linear warmup. [a tenth]", show_default=False)
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="cosine, linear or constant. [cosine]", show_default=False)
+    ] = None,
+    clip: Annotated[
+        float | None, typer.Option(help="Gradient norm limit, 0 is off. [0]", show_default=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed. [0]", show_default=False)] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="File, folder, glob or dataset. [Python's sources]", show_default=False),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A tokenizer's path. [BPE of the data]", show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default=False)] = None,
+    save_every: Annotated[
+        int | None, typer.Option(help="Updates between checkpoints. [end only]", show_default=False)
+    ] = None,
+    eval_every: Annotated[
+        int | None, typer.Option(help="Updates between validations. [end only]", show_default=False)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start even if the estimate does not fit.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document and nothing else.")
+    ] = False,
+) -> int:
+    """Train on real text; checkpoints, metrics and a Hugging Face model in one folder."""
+    given = {
+        "steps": steps,
+        "lr": lr,
+        "warmup": warmup,
+        "schedule": schedule,
+        "clip": clip,
+        "seed": seed,
+        "data": data,
+        "tokenizer": tokenizer,
+        "save_every": save_every,
+        "eval_every": eval_every,
+    }
+    base = read_table(flags["config"], "train") if "config" in flags else {}
+    given = {**base, **{key: value for key, value in given.items() if value is not None}}
+    plan = plan_from(default_device(flags))
+    folder = out or Path("runs") / f"{plan.architecture.name}-{plan.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+    from effprof.trainer.run import make
+
+    run = make(plan, folder, given)
+
+    from effprof.trainer.loop import train
+
+    outcome = train(run, resume=resume, force=force)
+    if as_json:
+        print(json.dumps(outcome.summary))
+    else:
+        from effprof.report.terminal import show_training
+
+        show_training(outcome.summary)
+    return outcome.exit_code

@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from effprof import registry
+from effprof.estimator.compare import Bucket, Comparison
 from effprof.estimator.estimate import Estimate
 from effprof.model import Architecture
 from effprof.registry import Method
 from effprof.tape import ROLES
-from effprof.units import GB, gib, quantity
+from effprof.units import GB, duration, gib, quantity
 
 _ROLE_HELP = {
     "weights": "parameters as the method stores them",
@@ -133,6 +136,76 @@ def _show_share(out: Console, result: Estimate) -> None:
     out.print(f"The method takes {100 * share:.0f} % of the model's parameters; the rest is AdamW.")
     if share < 0.5:
         out.print("Less than half: embeddings and head dominate this size.", style="yellow")
+
+
+def show_training(summary: Mapping[str, Any]) -> None:
+    """How a run ended and where everything is."""
+    out, result = console(), summary["validation"]
+    plan, memory = summary["plan"], summary["memory"]
+    out.print(
+        f"{plan['model']} · {plan['method']}: {summary['steps']} updates, "
+        f"{quantity(summary['tokens'])} tokens in {duration(summary['seconds'])}"
+    )
+    if result:
+        out.print(
+            f"Validation loss {result['loss']:.4f} (perplexity {result['perplexity']:.2f}) over "
+            f"{result['tokens']:,} tokens"
+        )
+        out.print(
+            f"The benchmark's code would report {result['lineage_loss']:.4f}: a mean of batch means × K/(K+1)",
+            style="dim",
+        )
+    out.print(
+        f"Memory: {gib(memory['measured_peak'])} at peak ({memory['meter']}), {gib(memory['estimated'])} estimated"
+    )
+    out.print(f"Results: {summary['out']}")
+    for name, what in (
+        ("model/", "Hugging Face folder"),
+        ("metrics.jsonl", "one object per update"),
+        ("run.toml", "every setting"),
+        ("summary.json", "this summary"),
+    ):
+        if (Path(summary["out"]) / name).exists():
+            out.print(f"  {name:<14} {what}")
+
+
+def show_probe(result: Comparison) -> None:
+    """Measured against estimated, bucket by bucket, with the error."""
+    out, plan, measured = console(), result.plan, result.measured
+    out.print(Text(f"{plan.model} · {plan.method} · {plan.device}: probe {result.outcome}", style="bold"))
+    if result.outcome != "ok":
+        out.print(f"It reached {measured.get('reached', 'nothing')}: {result.detail}", style="bold red")
+        out.print(f"The estimate for this plan is {gib(result.estimate.total)}.")
+    memory = measured.get("memory")
+    if memory:
+        rows = table("at the peak", "estimated", "measured", "error")
+        for bucket in result.at_peak:
+            rows.add_row(bucket.name.replace("_", " "), *_compared(bucket))
+        out.print(rows)
+        expected = result.estimate.memory.peak
+        out.print(
+            f"The peak: {memory['peak_phase']} of the {memory['peak_update']} update; "
+            f"estimated {expected.phase} of the {expected.update} update"
+        )
+        rows = table("held between updates", "estimated", "measured", "error")
+        for bucket in result.resident:
+            rows.add_row(bucket.name, *_compared(bucket))
+        out.print(rows)
+    times = measured.get("step_seconds")
+    if times:
+        positions = plan.global_batch * plan.seq_len
+        out.print(
+            f"Update: {duration(times['median'])} ± {100 * times['spread']:.0f} % (n = {times['n']}), "
+            f"{quantity(positions / times['median'])} tokens/s"
+        )
+    if measured.get("rss_peak"):
+        out.print(f"Process memory at its peak, libraries and recorder included: {gib(measured['rss_peak'])}")
+    out.print(f"Next: effprof train --model {plan.model} --method {plan.method} --steps 100")
+
+
+def _compared(bucket: Bucket) -> tuple[str, str, str]:
+    error = "" if bucket.error is None else f"{100 * bucket.error:+.2f} %"
+    return gib(bucket.estimated), gib(bucket.measured), error
 
 
 def show_methods(methods: Sequence[Method]) -> None:

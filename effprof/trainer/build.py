@@ -42,7 +42,7 @@ def resolve_device(name: str) -> torch.device:
 
 def build_model(step: Step, device: torch.device, *, seed: int) -> nn.Module:
     """The model on meta, its targeted layers swapped, then allocated once on ``device`` and initialised."""
-    model = _skeleton(step)
+    model = skeleton(step)
     for name, unit in step.placed:
         if unit.layer_half:
             _swap(model, name, unit, step)
@@ -56,7 +56,8 @@ def build_model(step: Step, device: torch.device, *, seed: int) -> nn.Module:
     return model.train()
 
 
-def _skeleton(step: Step) -> nn.Module:
+def skeleton(step: Step) -> nn.Module:
+    """The plain transformers model of a step, on meta."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     logging.getLogger("transformers").setLevel(logging.ERROR)

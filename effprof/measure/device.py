@@ -1,0 +1,82 @@
+"""What a run can read of its device cheaply: memory now and at its peak, total, and the peak FLOP rate."""
+
+from __future__ import annotations
+
+import resource
+from typing import Protocol
+
+import psutil
+import torch
+
+from effprof import gpus
+
+
+class DeviceMeter(Protocol):
+    """``now``, ``peak`` and ``total`` are bytes; ``name`` says which meter they come from."""
+
+    name: str
+
+    def now(self) -> int: ...
+    def peak(self) -> int: ...
+    def total(self) -> int: ...
+    def mfu(self, flops_per_second: float) -> float | None: ...
+
+
+class CpuMeter:
+    """This process's resident set, libraries included: the CPU allocator itself keeps no counters."""
+
+    name = "process RSS"
+
+    def now(self) -> int:
+        return int(psutil.Process().memory_info().rss)
+
+    def peak(self) -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def total(self) -> int:
+        return int(psutil.virtual_memory().total)
+
+    def mfu(self, flops_per_second: float) -> float | None:  # noqa: ARG002 - no CPU has a known peak here
+        return None
+
+
+class CudaMeter:
+    """torch's own counters of one GPU; the peak FLOP rate where the catalog knows the card."""
+
+    name = "max_memory_allocated"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._card = recognise(torch.cuda.get_device_name(device))
+
+    def now(self) -> int:
+        return int(torch.cuda.memory_allocated(self.device))
+
+    def peak(self) -> int:
+        return int(torch.cuda.max_memory_allocated(self.device))
+
+    def total(self) -> int:
+        return int(torch.cuda.mem_get_info(self.device)[1])
+
+    def mfu(self, flops_per_second: float) -> float | None:
+        """Dense-equivalent model FLOPs over the card's dense bf16 peak."""
+        if self._card is None or self._card.bf16_flops is None:
+            return None
+        return flops_per_second / self._card.bf16_flops
+
+
+def meter(device: torch.device) -> DeviceMeter:
+    """The meter of a torch device."""
+    return CudaMeter(device) if device.type == "cuda" else CpuMeter()
+
+
+def recognise(name: str) -> gpus.Gpu | None:
+    """The catalog's card for a driver's device name, such as ``NVIDIA GeForce RTX 4090``; None if it is not there."""
+    words = name.lower().replace("-", " ").split()
+    best: gpus.Gpu | None = None
+    for card in gpus.catalog().values():
+        parts = card.name.split("-")
+        matched = all(part in words for part in parts)
+        if matched and (best is None or len(parts) > len(best.name.split("-"))):
+            best = card
+    return best

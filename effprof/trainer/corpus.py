@@ -1,0 +1,156 @@
+"""Documents to train on: files, a dataset by name, or Python's own standard library, split once by hash."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from effprof.errors import EffprofError, UsageError
+
+SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
+VALIDATION_SHARE = 50  # one document in fifty
+PIECE = 2**16  # characters: a long text file is several documents
+_SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"}
+
+
+class FileCorpus:
+    """Documents of a fixed list of files, in a fixed order; a document's hash decides its split."""
+
+    def __init__(self, files: list[Path], name: str) -> None:
+        self.files = files
+        self.name = name
+
+    def fingerprint(self) -> str:
+        """Changes when a file is added, removed or written."""
+        rows = [(str(f), s.st_size, s.st_mtime_ns) for f in self.files for s in [f.stat()]]
+        return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+
+    def documents(self, split: str) -> Iterator[str]:
+        """The documents of ``train`` or ``validation``. Raises EffprofError for a file that cannot be read."""
+        for text in self._all():
+            if is_validation(text) == (split == "validation"):
+                yield text
+
+    def _all(self) -> Iterator[str]:
+        for path in self.files:
+            try:
+                yield from _read(path)
+            except (OSError, EOFError, UnicodeDecodeError, ValueError) as problem:
+                if isinstance(problem, EffprofError):
+                    raise
+                raise EffprofError(
+                    f"Cannot read {str(path)!r}: {problem}.", "Repair the file or leave it out of --data."
+                ) from None
+
+
+class DatasetCorpus:
+    """A Hugging Face dataset by name, streamed; ``name:config`` picks a configuration."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def stream(self, split: str) -> Any:
+        """The streaming dataset of a split. Raises EffprofError where it cannot be loaded."""
+        import datasets
+
+        path, _, config = self.name.partition(":")
+        try:
+            return datasets.load_dataset(path, config or None, split=split, streaming=True)
+        except Exception as problem:  # noqa: BLE001 - whatever the hub or the network raises
+            raise EffprofError(
+                f"Cannot load the dataset {self.name!r} ({split}): {type(problem).__name__}.",
+                "Check the name and the network, or give a file or folder with --data.",
+            ) from None
+
+
+def corpus(data: str | None) -> FileCorpus | DatasetCorpus:
+    """The corpus of ``--data``: a file, a folder, a glob, a dataset's name, or by default the standard library.
+
+    Raises UsageError where nothing matches.
+    """
+    if data is None:
+        return standard_library()
+    path = Path(data)
+    if path.is_file():
+        if not path.name.endswith(SUFFIXES):
+            raise UsageError(
+                f"--data {data!r} has an unknown format.", f"Known: {', '.join(SUFFIXES)}."
+            )
+        return FileCorpus([path], data)
+    matches = path.rglob("*") if path.is_dir() else map(Path, glob.iglob(data, recursive=True))
+    files = sorted(p for p in matches if p.is_file() and p.name.endswith(SUFFIXES))
+    if files:
+        return FileCorpus(files, data)
+    if path.exists() or any(c in data for c in "*?[") or data.startswith((".", "/", "~")):
+        raise UsageError(
+            f"--data {data!r} holds no readable file.", f"Give {', '.join(SUFFIXES)} files or a folder of them."
+        )
+    if data.count("/") != 1 or data.endswith(SUFFIXES):
+        raise UsageError(f"--data {data!r} does not exist.", "Give a file, a folder, or owner/dataset.")
+    return DatasetCorpus(data)
+
+
+def standard_library() -> FileCorpus:
+    """The sources of the Python that runs this, one document per file: real text that every machine has."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(
+        path for path in root.rglob("*.py") if not _SKIPPED & set(path.relative_to(root).parts)
+    )
+    if not files:
+        raise EffprofError(f"No Python sources under {str(root)!r}.", "Give text with --data.")
+    return FileCorpus(files, "python-standard-library")
+
+
+def is_validation(text: str) -> bool:
+    """Whether a document belongs to validation: decided by its content alone."""
+    key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(key[:8], "big") % VALIDATION_SHARE == 0
+
+
+def _read(path: Path) -> Iterator[str]:
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        opener: Any = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _text_field(line, path, number)
+    elif path.suffix == ".parquet":
+        import pyarrow.parquet as parquet
+
+        table = parquet.ParquetFile(path)
+        if "text" not in table.schema_arrow.names:
+            raise EffprofError(f"{str(path)!r} has no column 'text'.", "Rename the text column.")
+        for batch in table.iter_batches(columns=["text"]):
+            yield from (text for text in batch.column(0).to_pylist() if text)
+    else:
+        yield from _pieces(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def _text_field(line: str, path: Path, number: int) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise EffprofError(
+            f"Line {number} of {str(path)!r} has no string field 'text'.",
+            'Each line must be a JSON object such as {"text": "…"}.',
+        )
+    return text
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A long text in documents of about PIECE characters, cut at line ends."""
+    start = 0
+    while len(text) - start > PIECE:
+        cut = text.rfind("\n", start, start + PIECE) + 1 or start + PIECE
+        yield text[start:cut]
+        start = cut
+    if text[start:].strip():
+        yield text[start:]

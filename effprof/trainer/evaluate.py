@@ -1,0 +1,68 @@
+"""Validation loss: the mean over tokens, and beside it the figure the published tables' code would print."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from effprof.errors import EffprofError
+from effprof.plan import Plan
+from effprof.trainer.data import Rows, StreamBatches
+from effprof.trainer.step import forward_loss
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """``loss`` is the mean over ``tokens`` targets, in nats.
+
+    ``lineage_loss`` is what the benchmark's released code reports: the mean of per-batch means times K / (K + 1) for K
+    batches, because it counts one batch too many.
+    """
+
+    loss: float
+    lineage_loss: float
+    tokens: int
+    batches: int
+
+    @property
+    def perplexity(self) -> float:
+        return float(torch.tensor(self.loss, dtype=torch.float64).exp())
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, rows: Rows | StreamBatches, plan: Plan, device: torch.device, max_batches: int | None = None
+) -> Validation:
+    """Loss over a validation split in its own order; the model is back in training mode afterwards.
+
+    Raises EffprofError where the split has no target.
+    """
+    model.eval()
+    total, tokens, means = 0.0, 0, []
+    try:
+        for batch in _batches(rows, plan, device, max_batches):
+            if batch.targets:
+                loss = forward_loss(model, batch, plan).double().item()
+                total += loss * batch.targets
+                tokens += batch.targets
+                means.append(loss)
+    finally:
+        model.train()
+    if not tokens:
+        raise EffprofError("The validation split has nothing to predict.", "Give more text with --data.")
+    count = len(means)
+    return Validation(total / tokens, sum(means) / (count + 1), tokens, count)
+
+
+def _batches(rows, plan, device, max_batches):  # type: ignore[no-untyped-def]
+    import numpy as np
+
+    if isinstance(rows, StreamBatches):
+        for _ in range(max_batches or 1):
+            yield rows.next()
+        return
+    starts = range(0, len(rows), plan.micro_batch)
+    for start in starts[:max_batches]:
+        yield rows.batch(np.arange(start, min(start + plan.micro_batch, len(rows))), device)

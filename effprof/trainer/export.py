@@ -1,0 +1,87 @@
+"""A trained model for others: a Hugging Face folder with dense matrices, and the native form for effprof."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from effprof.errors import EffprofError
+from effprof.plan import Plan, from_dict
+from effprof.step import work_out
+from effprof.trainer import checkpoint
+from effprof.trainer.build import build_model, skeleton
+from effprof.trainer.files import cannot_write
+from effprof.trainer.layer import MethodLinear
+
+
+@torch.no_grad()
+def export(model: nn.Module, tokenizer: Any, plan: Plan, folder: Path) -> Path:
+    """Write ``config.json``, safetensors and the tokenizer so that AutoModelForCausalLM opens them.
+
+    Factorised layers are written dense. Raises EffprofError where a method has no dense form or the disk refuses.
+    """
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    dense = _dense_model(model, plan)
+    if tokenizer is not None:
+        dense.config.eos_token_id = tokenizer.eos_token_id
+        dense.config.bos_token_id = dense.config.pad_token_id = None
+        dense.generation_config.eos_token_id = tokenizer.eos_token_id
+        dense.generation_config.bos_token_id = dense.generation_config.pad_token_id = None
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        dense.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    except OSError as problem:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise cannot_write(folder, problem) from None
+    return folder
+
+
+def _dense_model(model: nn.Module, plan: Plan) -> Any:
+    """A plain transformers model on the CPU with the trained weights."""
+    dense: Any = skeleton(work_out(plan)).to_empty(device="cpu")
+    dense.tie_weights()
+    for module in dense.modules():  # buffers that no checkpoint holds
+        dense._init_weights(module)
+    own = dict(model.named_parameters())
+    for path, module in model.named_modules():
+        if isinstance(module, MethodLinear):
+            weight = module.dense()
+            if weight is None:
+                raise EffprofError(
+                    f"{plan.method} has no dense form, so a Hugging Face folder cannot hold it.",
+                    "Open the run with effprof.load(folder).",
+                )
+            own[f"{path}.weight"] = weight.cpu()
+    for name, parameter in dense.named_parameters():
+        parameter.copy_(own[name])
+    return dense
+
+
+def load(folder: str | Path, device: str = "cpu") -> nn.Module:
+    """The model of a run folder in the method's own form, from its newest good checkpoint, in evaluation mode.
+
+    Raises EffprofError where the folder is no run or holds no checkpoint.
+    """
+    run = Path(folder)
+    try:
+        table = tomllib.loads((run / "run.toml").read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError):
+        raise EffprofError(f"{str(run)!r} is not a run folder.", "Give the --out folder of a run.") from None
+    found = checkpoint.newest(run)
+    if found is None:
+        raise EffprofError(f"{str(run)!r} holds no checkpoint.", "Train for longer, or use --save-every.")
+    model = build_model(work_out(from_dict(table["plan"])), torch.device(device), seed=0)
+    checkpoint.load_native(found[0], model)
+    return model.eval()

@@ -1,0 +1,70 @@
+"""Where files go, and writing them whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from effprof.errors import EffprofError
+
+
+def home() -> Path:
+    """effprof's own folder: tokenizers and tokenised corpora. EFFPROF_HOME moves it."""
+    return Path(os.environ.get("EFFPROF_HOME") or Path.home() / ".cache" / "effprof")
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write under a temporary name, flush to disk, rename: readers see the old file or the new one.
+
+    Raises EffprofError when the disk is full or the folder cannot be written.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as problem:
+        raise cannot_write(path, problem) from None
+
+
+def cannot_write(path: Path, problem: OSError) -> EffprofError:
+    """The error for a write the system refused."""
+    return EffprofError(
+        f"Cannot write {str(path)!r}: {problem.strerror or problem}.",
+        "Free some space or give another folder with --out; nothing half-written was kept.",
+    )
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def to_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """Plain tables of strings, numbers, booleans, lists and one level of sub-tables as TOML; None is left out."""
+    lines: list[str] = []
+    for name, table in tables.items():
+        nested = {key: value for key, value in table.items() if isinstance(value, Mapping)}
+        lines.append(f"[{name}]")
+        for key, value in table.items():
+            if value is not None and key not in nested:
+                # JSON's strings, numbers, booleans and lists are TOML's.
+                lines.append(f"{key} = {json.dumps(value)}")
+        lines.append("")
+        for key, value in nested.items():
+            lines += [to_toml({f"{name}.{key}": value})]
+    return "\n".join(lines)

@@ -1,0 +1,238 @@
+"""Training in full: the loop, its metrics, its checkpoints, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from effprof.errors import DoesNotFitError, EffprofError
+from effprof.estimator.estimate import Estimate, estimate
+from effprof.measure.device import DeviceMeter, meter
+from effprof.report.live import LiveLine
+from effprof.trainer import checkpoint, schedule
+from effprof.trainer.build import build, resolve_device
+from effprof.trainer.corpus import FileCorpus, corpus
+from effprof.trainer.data import Batches, Rows, StreamBatches, rows
+from effprof.trainer.evaluate import Validation, evaluate
+from effprof.trainer.export import export
+from effprof.trainer.files import cannot_write, write_whole
+from effprof.trainer.optimizer import MethodOptimizer
+from effprof.trainer.run import Run, open_folder
+from effprof.trainer.step import training_step
+from effprof.trainer.tokenizer import tokenizer
+
+KEEP_CHECKPOINTS = 2
+EVAL_BATCHES = 64  # of the validation split during a run; the last evaluation takes all of it
+_SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: ``exit_code`` 0, or 130 / 143 after a signal, with a checkpoint written."""
+
+    exit_code: int
+    summary: dict[str, Any]
+
+
+class Interrupt:
+    """Remembers SIGINT, SIGTERM and SIGUSR1 until the step is finished."""
+
+    def __init__(self) -> None:
+        self.code = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        for number in _SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self.code = _SIGNALS[signal.Signals(number)]
+
+
+def train(run: Run, *, resume: bool = False, force: bool = False) -> Outcome:
+    """Train a run to its end or to a signal. Raises EffprofError; nothing already written is lost."""
+    device = resolve_device(run.plan.device)
+    found = open_folder(run, resume=resume)
+    expected = estimate(run.plan)
+    machine = meter(device)
+    if expected.total > machine.total() and not force:
+        raise DoesNotFitError(
+            f"The estimate is {expected.total:,} bytes, the device has {machine.total():,}.",
+            "Use a smaller --micro-batch or --checkpointing full, or --force to try anyway.",
+        )
+    with Interrupt() as interrupt:
+        session = Session(run, device, expected, machine)
+        if found:
+            session.restore(*found)
+        return session.go(interrupt)
+
+
+class Session:
+    """One process's part of a run."""
+
+    def __init__(self, run: Run, device: torch.device, expected: Estimate, machine: DeviceMeter) -> None:
+        self.run, self.plan, self.device = run, run.plan, device
+        self.expected, self.machine = expected, machine
+        texts = corpus(run.data)
+        self.tokenizer = tokenizer(texts, self.plan.architecture.vocab, run.tokenizer)
+        self.batches: Batches | StreamBatches
+        self.validation: Rows | StreamBatches
+        if isinstance(texts, FileCorpus):
+            train_rows = rows(texts, self.tokenizer, self.plan, "train")
+            self.batches = Batches(train_rows, self.plan, run.seed, device)
+            self.validation = rows(texts, self.tokenizer, self.plan, "validation")
+        else:
+            self.batches = StreamBatches(texts, self.tokenizer, self.plan, "train", device)
+            self.validation = StreamBatches(texts, self.tokenizer, self.plan, "validation", device)
+        self.model: nn.Module
+        self.optimizer: MethodOptimizer
+        self.model, self.optimizer = build(self.plan, str(device), lr=run.lr, seed=run.seed)
+        self.optimizer.clock.total_updates = run.steps
+        self.stepped: nn.Module = torch.compile(self.model) if self.plan.compile else self.model  # type: ignore[assignment]
+        self.step, self.tokens, self.real_tokens = 0, 0, 0
+        self.resumed_at: int | None = None
+        run.write()
+
+    def restore(self, path: Path, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint: weights, optimizer, random state, place in the data; later metrics are cut."""
+        checkpoint.restore(path, state, self.model, self.optimizer)
+        self.batches.load_state_dict(state["data"])
+        self.step, self.tokens, self.real_tokens = state["step"], state["tokens"], state["real_tokens"]
+        self.resumed_at = self.step
+        metrics = self.run.out / "metrics.jsonl"
+        if metrics.exists():
+            kept = [row for row in _whole_rows(metrics) if json.loads(row)["step"] <= self.step]
+            write_whole(metrics, "".join(f"{row}\n" for row in kept))
+
+    def go(self, interrupt: Interrupt) -> Outcome:
+        """Update until the run's last step or a signal, then evaluate, save and export."""
+        run, start = self.run, time.monotonic()
+        with (
+            open(run.out / "metrics.jsonl", "a", encoding="utf-8", buffering=1) as log,
+            LiveLine(run.steps, self.step, self.expected.total) as live,
+        ):
+            if self.resumed_at is not None:
+                live.note(f"Resumed at step {self.resumed_at}.")
+            while self.step < run.steps and not interrupt.code:
+                metrics = self._update()
+                if run.eval_every and self.step % run.eval_every == 0 and self.step < run.steps:
+                    result = evaluate(self.model, self.validation, self.plan, self.device, EVAL_BATCHES)
+                    metrics |= {"validation_loss": result.loss}
+                    live.note(f"step {self.step}: validation loss {result.loss:.4f}")
+                _append(log, metrics, run.out)
+                live.show(metrics)
+                if run.save_every and self.step % run.save_every == 0:
+                    self._save()
+            path = self._save()
+            if interrupt.code:
+                live.note(f"Interrupted at step {self.step}; checkpoint {path}. Go on with --resume.")
+                return Outcome(interrupt.code, self._summary(None, time.monotonic() - start))
+            live.note("Validating and writing the model …")
+            result = evaluate(self.model, self.validation, self.plan, self.device, self._eval_batches())
+        summary = self._summary(result, time.monotonic() - start)
+        export(self.model, self.tokenizer, self.plan, run.out / "model")
+        write_whole(run.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+        return Outcome(0, summary)
+
+    def _update(self) -> dict[str, Any]:
+        """One optimizer update on the next micro-batches, and its metrics."""
+        began = time.perf_counter()
+        lr = self.run.lr * schedule.factor(self.run.schedule, self.step, self.run.warmup, self.run.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        batches = [self.batches.next() for _ in range(self.plan.grad_accum)]
+        loss = float(training_step(self.stepped, self.optimizer, batches, self.plan, clip=self.run.clip))
+        if not math.isfinite(loss):
+            raise EffprofError(
+                f"The loss is {loss} at step {self.step + 1}.",
+                "Use a smaller --lr, --clip 1 or --dtype fp32; the last checkpoint is kept.",
+            )
+        seconds = time.perf_counter() - began
+        positions = self.plan.global_batch * self.plan.seq_len
+        self.step += 1
+        self.tokens += positions
+        self.real_tokens += sum(batch.real_tokens for batch in batches)
+        now, peak = self.machine.now(), self.machine.peak()
+        return {
+            "step": self.step,
+            "loss": loss,
+            "lr": lr,
+            "tokens": self.tokens,
+            "real_tokens": self.real_tokens,
+            "tokens_per_second": positions / seconds,
+            "seconds": seconds,
+            "memory": now,
+            "memory_peak": peak,
+            "mfu": self.machine.mfu(self.expected.flops.dense_equivalent / seconds),
+        }
+
+    def _eval_batches(self) -> int | None:
+        return EVAL_BATCHES if isinstance(self.validation, StreamBatches) else None
+
+    def _save(self) -> Path:
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "real_tokens": self.real_tokens,
+            "data": self.batches.state_dict(),
+        }
+        return checkpoint.save(self.run.out, self.model, self.optimizer, state, KEEP_CHECKPOINTS)
+
+    def _summary(self, result: Validation | None, seconds: float) -> dict[str, Any]:
+        return {
+            "schema": "effprof.train/1",
+            "out": str(self.run.out),
+            "plan": self.plan.as_dict(),
+            "train": self.run.table(),
+            "steps": self.step,
+            "tokens": self.tokens,
+            "real_tokens": self.real_tokens,
+            "seconds": seconds,
+            "resumed_at": self.resumed_at,
+            "memory": {
+                "estimated": self.expected.total,
+                "measured_peak": self.machine.peak(),
+                "meter": self.machine.name,
+            },
+            "validation": None
+            if result is None
+            else {
+                "loss": result.loss,
+                "perplexity": result.perplexity,
+                "lineage_loss": result.lineage_loss,
+                "tokens": result.tokens,
+            },
+        }
+
+
+def _append(log: Any, metrics: dict[str, Any], out: Path) -> None:
+    try:
+        log.write(json.dumps(metrics) + "\n")
+    except OSError as problem:
+        raise cannot_write(out / "metrics.jsonl", problem) from None
+
+
+def _whole_rows(path: Path) -> list[str]:
+    """Lines that are complete JSON: a killed process may have cut the last."""
+    found = []
+    for row in path.read_text(encoding="utf-8").splitlines():
+        try:
+            json.loads(row)
+        except ValueError:
+            break
+        found.append(row)
+    return found

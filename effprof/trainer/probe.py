@@ -1,0 +1,300 @@
+"""A short real run in a process of its own, measured: memory by role, process memory, step time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from effprof.errors import EffprofError
+from effprof.plan import Plan, from_dict
+
+STEADY_UPDATES = 2  # recorded, beside a first one and a forced refresh: four in all, three at least
+TIMED_SECONDS = 10.0
+TIMED_UPDATES = (3, 50)
+TIME_LIMIT = 900.0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """``outcome`` is ok, oom, killed, timeout or failed; ``measured`` holds bytes and seconds as far as it got."""
+
+    plan: Plan
+    outcome: str
+    detail: str
+    measured: dict[str, Any]
+
+
+def probe(plan: Plan, *, time_limit: float = TIME_LIMIT) -> Probe:
+    """Run a plan's step a few times in a child process; its failure, whatever it is, is a result.
+
+    Raises EffprofError where the child reports an error of the plan itself.
+    """
+    with tempfile.TemporaryDirectory(prefix="effprof-probe-") as folder:
+        result = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "effprof.trainer.probe", str(result)]
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        try:
+            child.communicate(json.dumps(plan.as_dict()), timeout=time_limit)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            return Probe(plan, "timeout", f"no answer in {time_limit:.0f} s", _read(result))
+        except BaseException:
+            child.kill()
+            child.wait()
+            raise
+        measured = _read(result)
+    outcome, detail = measured.pop("outcome", "failed"), measured.pop("detail", "")
+    if child.returncode < 0:
+        name = signal.Signals(-child.returncode).name
+        hint = " (the system ran out of memory?)" if child.returncode == -signal.SIGKILL else ""
+        return Probe(plan, "killed", f"the probe's process was killed by {name}{hint}", measured)
+    if outcome == "error":
+        raise EffprofError(detail, measured.get("hint", ""))
+    return Probe(plan, outcome, detail or f"exit code {child.returncode}", measured)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def main() -> None:
+    """The child: a plan on standard input, the measurement into the file named by the argument."""
+    path, plan = Path(sys.argv[1]), from_dict(json.load(sys.stdin))
+    measured: dict[str, Any] = {"reached": "start"}
+
+    def report(**values: Any) -> None:
+        measured.update(values)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(measured), encoding="utf-8")
+        temporary.replace(path)
+
+    try:
+        _measure(plan, report)
+        report(outcome="ok")
+    except EffprofError as error:
+        report(outcome="error", detail=error.message, hint=error.hint)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        report(outcome="oom", detail=str(error).splitlines()[0])
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    text = str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
+
+
+def _measure(plan: Plan, report: Callable[..., None]) -> None:
+    import torch
+
+    from effprof.trainer.build import resolve_device
+
+    device = resolve_device(plan.device)
+    torch.manual_seed(0)
+    if device.type == "cuda":
+        _measure_cuda(plan, device, report)
+    else:
+        _measure_cpu(plan, device, report)
+
+
+def _measure_cpu(plan: Plan, device: Any, report: Callable[..., None]) -> None:
+    """The allocator's own record of a first, two steady and one refreshing update; then time without it."""
+    import resource
+
+    from effprof import tape as tapes
+    from effprof.measure.recorder import CpuRecorder, pointers
+    from effprof.trainer.build import build
+
+    recorder = CpuRecorder()
+    recorder.start()
+    model, optimizer = build(plan, lr=1e-4)
+    recorder.name(pointers(dict(model.named_parameters()), "weights"))
+    recorder.name(pointers(dict(model.named_buffers()), "buffers"))
+    kinds = ["first", *["steady"] * STEADY_UPDATES, *(["periodic"] if plan.halves.periods else [])]
+    for number, kind in enumerate(kinds, 1):
+        report(reached=f"update {number} ({kind})")
+        _say(f"update {number} of {len(kinds)} ({kind})")
+        if kind == "periodic":
+            force_periodic(optimizer, plan)
+
+        def on_phase(phase: str, kind: str = kind) -> None:
+            if phase == "update":
+                recorder.name(pointers(_gradients(model), "gradients"))
+            recorder.mark(kind, phase)
+
+        _one_update(model, optimizer, plan, device, on_phase)
+        recorder.name(pointers(_state(optimizer), "optimizer"))
+    recorder.stop()
+    tape = recorder.tape()
+    peak = tapes.peak(tape)
+    report(
+        reached="timing",
+        memory={
+            **peak.by_role,
+            "peak_phase": peak.phase,
+            "peak_update": peak.update,
+            "peak_allocated": peak.size,
+        },
+        resident=_resident(model, optimizer),
+        updates=len(kinds),
+    )
+    times = _timed(model, optimizer, plan, device)
+    report(step_seconds=times, rss_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def _measure_cuda(plan: Plan, device: Any, report: Callable[..., None]) -> None:
+    """torch's peak counters over the same updates, and NVML's view of this process beside them."""
+    import torch
+
+    from effprof.measure import nvml
+    from effprof.trainer.build import build
+
+    torch.cuda.set_device(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    model, optimizer = build(plan, lr=1e-4)
+    kinds = ["first", *["steady"] * STEADY_UPDATES, *(["periodic"] if plan.halves.periods else [])]
+    peaks: dict[str, int] = {}
+    place = ["build"]
+
+    def on_phase(phase: str) -> None:
+        torch.cuda.synchronize(device)
+        key = "/".join(place)
+        peaks[key] = max(peaks.get(key, 0), torch.cuda.max_memory_allocated(device))
+        torch.cuda.reset_peak_memory_stats(device)
+        place[1:] = [phase]
+
+    reserved = 0
+    for number, kind in enumerate(kinds, 1):
+        report(reached=f"update {number} ({kind})", peaks=peaks)
+        _say(f"update {number} of {len(kinds)} ({kind})")
+        if kind == "periodic":
+            force_periodic(optimizer, plan)
+        place[0] = kind
+        _one_update(model, optimizer, plan, device, on_phase)
+        on_phase("between")
+        reserved = max(reserved, torch.cuda.memory_reserved(device))
+    where = max(peaks, key=lambda key: peaks[key])
+    update, _, phase = where.partition("/")
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    readings = nvml.read(uuid)
+    process = readings[0].process if readings else None
+    report(
+        reached="timing",
+        memory={
+            "peak_allocated": peaks[where],
+            "peak_reserved": reserved,
+            "peak_update": update,
+            "peak_phase": phase,
+            "process_total": process,
+            "context": None if process is None else process - torch.cuda.memory_reserved(device),
+        },
+        resident=_resident(model, optimizer),
+        peaks=peaks,
+        updates=len(kinds),
+        gpu={
+            "name": torch.cuda.get_device_name(device),
+            "uuid": uuid,
+            "driver": readings[0].driver if readings else None,
+            "reasons": list(readings[0].reasons) if readings else ["NVML cannot be used here"],
+        },
+    )
+    report(step_seconds=_timed(model, optimizer, plan, device))
+
+
+def force_periodic(optimizer: Any, plan: Plan) -> None:
+    """Move the clock to where every periodic event of the method is due."""
+    import math
+
+    periods = [plan.update_settings[name] for name in plan.halves.periods]
+    optimizer.clock.update = math.lcm(*periods)
+
+
+def _one_update(
+    model: Any, optimizer: Any, plan: Plan, device: Any, on_phase: Callable[[str], None] = lambda phase: None
+) -> None:
+    from effprof.trainer.step import training_step
+
+    batches = [_random_batch(plan, device) for _ in range(plan.grad_accum)]
+    training_step(model, optimizer, batches, plan, on_phase=on_phase)
+
+
+def _random_batch(plan: Plan, device: Any) -> Any:
+    """Rows of random tokens: memory and time do not depend on what they say."""
+    import torch
+
+    from effprof.trainer.data import Batch
+
+    size = (plan.micro_batch, plan.seq_len)
+    ids = torch.randint(0, plan.architecture.vocab, size, device=device)
+    targets = plan.micro_batch * (plan.seq_len - 1)
+    return Batch(ids, ids, None, targets, ids.numel())
+
+
+def _timed(model: Any, optimizer: Any, plan: Plan, device: Any) -> dict[str, Any]:
+    """Seconds of steady updates: median, spread (half the middle half, over the median), how many."""
+    import torch
+
+    least, most = TIMED_UPDATES
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < least or (time.perf_counter() - began < TIMED_SECONDS and len(times) < most):
+        start = time.perf_counter()
+        _one_update(model, optimizer, plan, device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    quarters = statistics.quantiles(times, n=4)
+    median = statistics.median(times)
+    return {"median": median, "spread": (quarters[2] - quarters[0]) / 2 / median, "n": len(times)}
+
+
+def _gradients(model: Any) -> dict[str, Any]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _state(optimizer: Any) -> dict[str, Any]:
+    return {
+        f"{index}.{name}": tensor
+        for index, state in enumerate(optimizer.state.values())
+        for name, tensor in state.items()
+    }
+
+
+def _resident(model: Any, optimizer: Any) -> dict[str, int]:
+    """Requested bytes held between updates, by role, from the tensors themselves."""
+
+    def total(tensors: Mapping[str, Any]) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    return {
+        "weights": total(dict(model.named_parameters())),
+        "gradients": total(_gradients(model)),
+        "optimizer": total(_state(optimizer)),
+        "buffers": total(dict(model.named_buffers())),
+    }
+
+
+def _say(text: str) -> None:
+    if os.environ.get("EFFPROF_QUIET") != "1":
+        sys.stderr.write(f"probe: {text}\n")
+
+
+if __name__ == "__main__":
+    main()

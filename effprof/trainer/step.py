@@ -1,0 +1,69 @@
+"""One training step, the same for a run, a probe and a benchmark."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from effprof.plan import Plan
+from effprof.trainer.data import Batch
+from effprof.trainer.layer import DTYPES
+from effprof.trainer.optimizer import MethodOptimizer
+
+
+def training_step(
+    model: nn.Module,
+    optimizer: MethodOptimizer,
+    micro_batches: Sequence[Batch],
+    plan: Plan,
+    *,
+    clip: float = 0.0,
+    on_phase: Callable[[str], None] = lambda phase: None,
+) -> Tensor:
+    """One optimizer update; returns the loss, a mean over every target of the update, without a sync.
+
+    Each micro-batch weighs by its targets, so accumulation equals one large batch. ``on_phase`` is told forward, backward
+    and update as they begin.
+    """
+    targets = sum(batch.targets for batch in micro_batches)
+    total: Tensor | None = None
+    for batch in micro_batches:
+        on_phase("forward")
+        output = forward(model, batch, plan)
+        loss = output.loss
+        if len(micro_batches) > 1:
+            loss = loss * (batch.targets / targets)
+        kept = output if plan.keep_logits else None
+        del output
+        on_phase("backward")
+        loss.backward()
+        total = loss.detach() if total is None else total + loss.detach()
+        del loss, kept
+    on_phase("update")
+    if clip:
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=plan.zero_grad == "none")
+    assert total is not None
+    return total
+
+
+def forward(model: nn.Module, batch: Batch, plan: Plan) -> Any:
+    """The model's output with its loss, under the plan's precision and attention."""
+    kind = batch.ids.device.type
+    amp = torch.autocast(kind, dtype=DTYPES[plan.compute_dtype], enabled=plan.amp)
+    math = sdpa_kernel(SDPBackend.MATH) if plan.attention == "math" else contextlib.nullcontext()
+    with amp, math:
+        return model(
+            input_ids=batch.ids, labels=batch.labels, position_ids=batch.positions, use_cache=False
+        )
+
+
+def forward_loss(model: nn.Module, batch: Batch, plan: Plan) -> Tensor:
+    """The mean loss over a micro-batch's targets."""
+    return cast(Tensor, forward(model, batch, plan).loss)
