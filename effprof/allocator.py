@@ -1,7 +1,8 @@
 """PyTorch's CUDA caching allocator as a pure function of a tape's events.
 
-Constants and rules are those of torch 2.13 (c10/core/AllocatorConfig.h, c10/cuda/CUDACachingAllocator.cpp): one stream,
-no memory limit. ``expandable`` grows one address range per pool at its tail.
+Constants and rules are those of torch 2.13 (c10/core/AllocatorConfig.h,
+c10/cuda/CUDACachingAllocator.cpp): one stream, no memory limit. ``expandable`` grows one address
+range per pool at its tail.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ ROUND_LARGE = 2 * MIB  # kRoundLarge
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What the allocator did: bytes at their peaks, and each storage's block size (0 if never allocated)."""
+    """What the allocator did: bytes at their peaks, and each storage's block size (0 if never
+    allocated).
+    """
 
     peak_allocated: int
     peak_requested: int
@@ -60,7 +63,9 @@ def segment_size(size: int) -> int:
 
 
 def replay(events: Iterable[tuple[int, int]], storages: int, *, expandable: bool = False) -> Replay:
-    """Run a tape's events (storage, ± bytes) through the allocator. ``storages`` is how many there are."""
+    """Run a tape's events (storage, ± bytes) through the allocator. ``storages`` is how many
+    there are.
+    """
     small: _Pool = []
     large: _Pool = []
     held: list[_Block | None] = [None] * storages

@@ -10,19 +10,23 @@ from effprof.errors import UsageError, unknown
 from effprof.model import PRESETS
 from effprof.units import MIB, parse_bytes
 
-# Memory of a process outside the allocator after its first kernels: measured on an RTX A6000 (torch 2.14.1+cu130) and a
+# Memory of a process outside the allocator after its first kernels: measured on an RTX A6000 (torch
+# 2.14.1+cu130) and a
 # Tesla T4 (fitcheck-llm 0.3.1). A probe on the card itself replaces it.
 CONTEXT = 744_685_568
 CONTEXT_TURING = 141 * MIB
 
-# torch 2.13 CublasHandlePool.cpp: 2 × 4 MiB + 8 × 16 KiB per handle; 32 MiB from compute capability 9.0.
+# torch 2.13 CublasHandlePool.cpp: 2 × 4 MiB + 8 × 16 KiB per handle; 32 MiB from compute capability
+# 9.0.
 WORKSPACE = 8_519_680
 WORKSPACE_HOPPER = 32 * MIB
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """``memory`` in bytes, ``bf16_flops`` the dense peak per second or None where it is not known."""
+    """``memory`` in bytes, ``bf16_flops`` the dense peak per second or None where it is not
+    known.
+    """
 
     name: str
     title: str
@@ -70,7 +74,8 @@ def gpu(text: str) -> Gpu:
         extra = given.keys() - {"mem"}
         if extra or "mem" not in given:
             raise UsageError(
-                f"--gpu {text!r} is not understood.", "Give the memory as --gpu mem=24GB (or 22.5GiB)."
+                f"--gpu {text!r} is not understood.",
+                "Give the memory as --gpu mem=24GB (or 22.5GiB).",
             )
         return Gpu(text, text, parse_bytes(given["mem"], "--gpu mem"))
     raise unknown("GPU", text, catalog(), "Or give its memory: --gpu mem=24GB.")

@@ -1,4 +1,5 @@
-"""Architecture of a causal language model, from a preset or a Hugging Face config.json; no transformers.
+"""Architecture of a causal language model, from a preset or a Hugging Face config.json; no
+transformers.
 
 Layer shapes follow transformers 5.23's own modules, type by type, so parameter counts are exact.
 """
@@ -154,7 +155,9 @@ class Architecture:
         def matrix(
             module: str, rows: int, columns: int, kind: str, reads: str, bias: bool
         ) -> Matrix:
-            heads = self.heads if kind in ("q", "o", "qkv") else self.kv_heads if kind in "kv" else 1
+            heads = (
+                self.heads if kind in ("q", "o", "qkv") else self.kv_heads if kind in "kv" else 1
+            )
             name = f"{path}.{module}_proj.weight"
             return Matrix(name, rows, columns, kind, layer, heads, 1, reads, bias)
 
@@ -223,7 +226,7 @@ def presets() -> dict[str, dict[str, Any]]:
     for name, config in table.items():
         aliases = config.pop("aliases")
         config["name"] = name
-        named.update({key: config for key in (name, *aliases)})
+        named.update(dict.fromkeys((name, *aliases), config))
     return named
 
 
@@ -258,7 +261,9 @@ def architecture(model: str) -> Architecture:
 def from_config(config: Any, name: str) -> Architecture:
     """An architecture from the keys of a Hugging Face config.json. Raises UsageError."""
     if not isinstance(config, dict):
-        raise UsageError(f"The configuration of {name!r} is not a JSON object.", "Give a config.json.")
+        raise UsageError(
+            f"The configuration of {name!r} is not a JSON object.", "Give a config.json."
+        )
     model_type = config.get("model_type")
     if model_type not in _TYPES:
         raise UsageError(
@@ -302,7 +307,8 @@ def from_config(config: Any, name: str) -> Architecture:
         vocab=sizes["vocab_size"],
         tied=bool(full["tie_word_embeddings"]),
         qkv_bias=bias and model_type != "phi3",
-        o_bias=bool(full.get("attention_bias")) and model_type in ("llama", "qwen3", "gemma", "gemma2"),
+        o_bias=bool(full.get("attention_bias"))
+        and model_type in ("llama", "qwen3", "gemma", "gemma2"),
         mlp_bias=bool(full.get("mlp_bias")),
         activation="gelu_pytorch_tanh" if model_type == "gemma2" and act == "silu" else str(act),
         max_positions=int(full["max_position_embeddings"]),
@@ -317,7 +323,8 @@ def _head_dim(config: Mapping[str, Any], name: str) -> int:
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     if not (isinstance(hidden, int) and isinstance(heads, int) and heads > 0) or hidden % heads:
         raise UsageError(
-            f"hidden_size {hidden!r} is not a multiple of num_attention_heads {heads!r} in {name!r}.",
+            f"hidden_size {hidden!r} is not a multiple of num_attention_heads {heads!r} in "
+            f"{name!r}.",
             "Correct config.json or give head_dim.",
         )
     return hidden // heads

@@ -1,4 +1,6 @@
-"""Plan: what the user asks for, resolved and checked. Every common flag is a field of the same name."""
+"""Plan: what the user asks for, resolved and checked. Every common flag is a field of the same
+name.
+"""
 
 from __future__ import annotations
 
@@ -42,10 +44,12 @@ _NOT_YET: dict[str, tuple[Any, str]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """One training configuration. Fields left None are resolved; a value without effect raises UsageError.
+    """One training configuration. Fields left None are resolved; a value without effect raises
+    UsageError.
 
-    Sizes are counts: ``micro_batch`` rows of ``seq_len`` positions, ``grad_accum`` micro-steps per update,
-    ``global_batch`` = micro_batch × grad_accum × gpus rows, ``tokens`` positions of the whole run.
+    Sizes are counts: ``micro_batch`` rows of ``seq_len`` positions, ``grad_accum`` micro-steps per
+    update, ``global_batch`` = micro_batch × grad_accum × gpus rows, ``tokens`` positions of the
+    whole run.
     """
 
     model: str
@@ -99,7 +103,11 @@ class Plan:
         for name in ("grad_accum", "global_batch", "rank", "tokens"):
             if getattr(self, name) not in (0, None) or (name == "rank" and self.rank == 0):
                 _positive(name, getattr(self, name))
-        targets = tuple(sorted(set(self.targets), key=TARGETS.index) if set(self.targets) <= set(TARGETS) else ())
+        targets = tuple(
+            sorted(set(self.targets), key=TARGETS.index)
+            if set(self.targets) <= set(TARGETS)
+            else ()
+        )
         if not targets:
             bad = next((t for t in self.targets if t not in TARGETS), "")
             raise unknown("--targets value", bad, TARGETS)
@@ -109,7 +117,9 @@ class Plan:
                 shown = flag(name) if value is True else f"{flag(name)} {getattr(self, name)}"
                 raise UsageError(f"{shown} is not available in this version.", hint)
         if self.gpus != 1:
-            raise UsageError(f"--gpus {self.gpus} is not available in this version.", "Use --gpus 1.")
+            raise UsageError(
+                f"--gpus {self.gpus} is not available in this version.", "Use --gpus 1."
+            )
 
     def _resolve_batch(self) -> None:
         per_step = self.micro_batch * self.gpus
@@ -117,14 +127,16 @@ class Plan:
             accum, rest = divmod(self.global_batch or per_step, per_step)
             if rest or not accum:
                 raise UsageError(
-                    f"--global-batch {self.global_batch} is not a multiple of micro-batch × gpus = {per_step}.",
+                    f"--global-batch {self.global_batch} is not a multiple of micro-batch × gpus "
+                    f"= {per_step}.",
                     f"Type --global-batch {max(accum, 1) * per_step} or another --micro-batch.",
                 )
             self._set("grad_accum", accum)
         total = per_step * self.grad_accum
         if self.global_batch and self.global_batch != total:
             raise UsageError(
-                f"--global-batch {self.global_batch} disagrees with micro-batch {self.micro_batch} × "
+                f"--global-batch {self.global_batch} disagrees with micro-batch "
+                f"{self.micro_batch} × "
                 f"grad-accum {self.grad_accum} × gpus {self.gpus} = {total}.",
                 "Leave one of them out.",
             )
@@ -144,7 +156,8 @@ class Plan:
                 )
             if given.get("rank", self.rank) != self.rank:
                 raise UsageError(
-                    f"--rank {self.rank} disagrees with --set rank={given['rank']}.", "Give one of them."
+                    f"--rank {self.rank} disagrees with --set rank={given['rank']}.",
+                    "Give one of them.",
                 )
             given["rank"] = self.rank
         if chosen.layer is None:  # both names address the update half
@@ -168,16 +181,21 @@ class Plan:
             self._set("optimizer_impl", "loop" if own_loop else known[0])
         elif self.optimizer_impl not in known:
             raise UsageError(
-                f"--optimizer-impl {self.optimizer_impl} is not available for {chosen.update_name}.",
+                f"--optimizer-impl {self.optimizer_impl} is not available for "
+                f"{chosen.update_name}.",
                 f"Use {' or '.join(known)}, or leave it out.",
             )
 
     def _build(self, half: LayerHalf | UpdateHalf, given: Mapping[str, Any]) -> Any:
-        """The half's settings: its own defaults, then what was published for this size, then what is given."""
+        """The half's settings: its own defaults, then what was published for this size, then
+        what is given.
+        """
         fields = registry.setting_fields(half)
         for key in given:
             if key not in fields:
-                raise unknown("setting", key, fields, f"Settings of this method: {', '.join(fields)}.")
+                raise unknown(
+                    "setting", key, fields, f"Settings of this method: {', '.join(fields)}."
+                )
         values = published(half.FACTS, self.architecture, fields.keys())
         if "rank" in fields and "rank" not in values:
             values["rank"] = self._default_rank()
@@ -185,7 +203,9 @@ class Plan:
         return half.Settings(**values)
 
     def _default_rank(self) -> int:
-        """A quarter of the hidden width, a multiple of 8, below every targeted matrix's shorter side."""
+        """A quarter of the hidden width, a multiple of 8, below every targeted matrix's shorter
+        side.
+        """
         shorter = min(m.shorter for m in self.architecture.layer_matrices())
         return max(min(self.architecture.hidden // 4, shorter - 1) // 8 * 8, 1)
 
@@ -198,22 +218,26 @@ class Plan:
                     )
         if self.attention == "sdpa" and self.architecture.attention_softcap:
             raise UsageError(
-                f"{self.architecture.model_type} caps attention scores, which --attention sdpa cannot do.",
+                f"{self.architecture.model_type} caps attention scores, which --attention sdpa "
+                f"cannot do.",
                 "Use --attention eager.",
             )
         if self.seq_len > self.architecture.max_positions:
             raise UsageError(
-                f"--seq-len {self.seq_len} exceeds the model's {self.architecture.max_positions} positions.",
+                f"--seq-len {self.seq_len} exceeds the model's {self.architecture.max_positions} "
+                f"positions.",
                 f"Type --seq-len {self.architecture.max_positions} or less.",
             )
         if self.state_dtype == "fp32" and self.dtype != "bf16":
             raise UsageError(
-                f"--state-dtype fp32 has no effect with --dtype {self.dtype}: the weights are fp32 already.",
+                f"--state-dtype fp32 has no effect with --dtype {self.dtype}: the weights are "
+                f"fp32 already.",
                 "Leave --state-dtype out.",
             )
         if self.state_dtype == "fp32" and self.optimizer_impl != "loop":
             raise UsageError(
-                f"--optimizer-impl {self.optimizer_impl} is not available with --state-dtype fp32: torch's "
+                f"--optimizer-impl {self.optimizer_impl} is not available with --state-dtype "
+                f"fp32: torch's "
                 "AdamW refuses fp32 moments on bf16 weights.",
                 "Leave --optimizer-impl out.",
             )
@@ -239,7 +263,9 @@ class Plan:
 
     @property
     def rest_settings(self) -> Any:
-        """AdamW's settings for what the update half does not cover: its own value of each name they share."""
+        """AdamW's settings for what the update half does not cover: its own value of each name
+        they share.
+        """
         half = registry.rest()
         fields = registry.setting_fields(half)
         return half.Settings(**{k: v for k, v in self.update_settings.items() if k in fields})
@@ -283,7 +309,9 @@ def from_dict(values: Mapping[str, Any]) -> Plan:
             raise unknown("plan field", key, known)
     values = {key: value for key, value in values.items() if value is not None}
     if "model" not in values:
-        raise UsageError("No model was given.", "Type for example --model 60m; `effprof models` lists them.")
+        raise UsageError(
+            "No model was given.", "Type for example --model 60m; `effprof models` lists them."
+        )
     if "targets" in values:
         values["targets"] = tuple(values["targets"])
     return Plan(**values)
@@ -295,7 +323,9 @@ def flag(name: str) -> str:
 
 
 def published(facts: Facts, shape: Architecture, keys: Any) -> dict[str, Any]:
-    """Settings published for this size; those of the nearest published size, but never another size's rank."""
+    """Settings published for this size; those of the nearest published size, but never another
+    size's rank.
+    """
     if not facts.defaults:
         return {}
     nearest = nearest_size(tuple(facts.defaults), shape)
@@ -346,5 +376,6 @@ def _parse(key: str, value: Any, kind: str) -> Any:
     except (ValueError, KeyError, TypeError):
         example = {"bool": "true", "int": "8", "float": "0.25"}.get(kind, "0.9,0.999")
         raise UsageError(
-            f"{key} {value!r} is not a valid {kind.split('[')[0]}.", f"Type for example --set {key}={example}."
+            f"{key} {value!r} is not a valid {kind.split('[')[0]}.",
+            f"Type for example --set {key}={example}.",
         ) from None

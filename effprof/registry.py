@@ -1,8 +1,8 @@
 """The methods: every file in ``methods/`` is one, its name is the method's name.
 
-A method comes in two halves. The *layer half* says what replaces a weight matrix and how it multiplies; the
-*update half* says what the optimizer keeps per tensor and how it moves it. A file that has only one half names
-the file of the other: ``LAYER = _dense`` or ``UPDATE = full``.
+A method comes in two halves. The *layer half* says what replaces a weight matrix and how it
+multiplies; the *update half* says what the optimizer keeps per tensor and how it moves it. A file
+that has only one half names the file of the other: ``LAYER = _dense`` or ``UPDATE = full``.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "int32": 4, "int64": 8, "uint8": 1}
 class Tensor:
     """One tensor a method declares.
 
-    ``dtype`` is a name in ITEMSIZE, or ``weight`` (the plan's parameter dtype), ``compute`` (what matrix products run
-    in) or ``state`` (the plan's optimizer-state dtype), which the Step resolves. ``role`` is weights, buffers,
-    optimizer, activations or workspace. A trainable tensor gets a gradient of its own shape.
+    ``dtype`` is a name in ITEMSIZE, or ``weight`` (the plan's parameter dtype), ``compute`` (what
+    matrix products run in) or ``state`` (the plan's optimizer-state dtype), which the Step
+    resolves. ``role`` is weights, buffers, optimizer, activations or workspace. A trainable tensor
+    gets a gradient of its own shape.
     """
 
     name: str
@@ -60,8 +61,9 @@ class Saved:
 class Flops:
     """FLOPs by named part (a multiply-add counts 2).
 
-    ``forward``, ``backward`` and ``update`` are matrix products and equal torch's FlopCounterMode; ``elementwise`` is the
-    rest of one update by formula, ``periodic`` the rare work (an SVD) divided by how often it runs.
+    ``forward``, ``backward`` and ``update`` are matrix products and equal torch's FlopCounterMode;
+    ``elementwise`` is the rest of one update by formula, ``periodic`` the rare work (an SVD)
+    divided by how often it runs.
     """
 
     forward: Mapping[str, int] = field(default_factory=dict)
@@ -75,8 +77,9 @@ class Flops:
 class Facts:
     """Where a method comes from and where this implementation deviates.
 
-    ``defaults`` holds published settings by model size; ``lr`` published learning rates by size. ``convention`` names the
-    rule of published memory tables (bf16, weights + optimizer, decimal GB) or is empty where there is none.
+    ``defaults`` holds published settings by model size; ``lr`` published learning rates by size.
+    ``convention`` names the rule of published memory tables (bf16, weights + optimizer, decimal GB)
+    or is empty where there is none.
     """
 
     title: str
@@ -92,7 +95,9 @@ class Facts:
 
 @dataclass(slots=True)
 class Clock:
-    """Where a run is: ``update`` counts finished optimizer updates, ``lr`` is this update's learning rate."""
+    """Where a run is: ``update`` counts finished optimizer updates, ``lr`` is this update's
+    learning rate.
+    """
 
     update: int = 0
     total_updates: int = 0
@@ -103,7 +108,9 @@ class Clock:
 
 @dataclass(slots=True)
 class Group:
-    """What is trained together: tensors, their gradients and optimizer state by name, changed in place."""
+    """What is trained together: tensors, their gradients and optimizer state by name, changed in
+    place.
+    """
 
     matrix: Matrix
     tensors: dict[str, TorchTensor]
@@ -112,7 +119,9 @@ class Group:
 
 
 class LayerHalf(Protocol):
-    """What replaces a weight matrix, in the contract's order. ``settings`` is an instance of ``Settings``."""
+    """What replaces a weight matrix, in the contract's order. ``settings`` is an instance of
+    ``Settings``.
+    """
 
     FACTS: Facts
     Settings: type[Any]
@@ -138,9 +147,7 @@ class LayerHalf(Protocol):
         settings: Any,
         /,
     ) -> tuple[TorchTensor, dict[str, TorchTensor]]: ...
-    def dense(
-        self, tensors: Mapping[str, TorchTensor], settings: Any, /
-    ) -> TorchTensor | None: ...
+    def dense(self, tensors: Mapping[str, TorchTensor], settings: Any, /) -> TorchTensor | None: ...
 
 
 class UpdateHalf(Protocol):
@@ -160,7 +167,9 @@ class UpdateHalf(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """A layer half with an update half. ``layer`` is None for a dense matrix in torch's own ``nn.Linear``."""
+    """A layer half with an update half. ``layer`` is None for a dense matrix in torch's own
+    ``nn.Linear``.
+    """
 
     name: str
     layer: LayerHalf | None
@@ -175,7 +184,9 @@ class Method:
 
     @property
     def hosted(self) -> str | None:
-        """The torch optimizer this update half names, run as it is; None for an update of its own."""
+        """The torch optimizer this update half names, run as it is; None for an update of its
+        own.
+        """
         return getattr(self.update, "TORCH_OPTIMIZER", None)
 
     @property
@@ -194,7 +205,7 @@ def names() -> tuple[str, ...]:
 
 def default() -> str:
     """The method used where none is named."""
-    return cast(str, importlib.import_module(PACKAGE).DEFAULT)
+    return cast("str", importlib.import_module(PACKAGE).DEFAULT)
 
 
 def rest() -> Any:
@@ -221,7 +232,7 @@ def method(name: str, update: str | None = None) -> Method:
     return Method(
         name=file.__name__.rpartition(".")[2].replace("_", "-"),
         layer=cast("LayerHalf | None", file if hasattr(file, "forward") else None),
-        update=cast(UpdateHalf, half),
+        update=cast("UpdateHalf", half),
         update_name=stem,
         facts=file.FACTS,
     )

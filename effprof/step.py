@@ -16,7 +16,8 @@ from effprof.registry import ITEMSIZE, Saved, Tensor, UpdateHalf
 class Trained:
     """One trainable tensor with what the optimizer keeps for it.
 
-    ``matrix`` has this tensor's own shape. ``covered`` says whether the plan's update half takes it; the rest is AdamW.
+    ``matrix`` has this tensor's own shape. ``covered`` says whether the plan's update half takes
+    it; the rest is AdamW.
     """
 
     tensor: Tensor
@@ -31,7 +32,8 @@ class Trained:
 class Unit:
     """One parameter of the architecture, in the form the method gives it.
 
-    ``targeted`` is whether a method's halves take it; ``layer_half`` whether the method replaced its linear layer.
+    ``targeted`` is whether a method's halves take it; ``layer_half`` whether the method replaced
+    its linear layer.
     """
 
     matrix: Matrix
@@ -45,7 +47,9 @@ class Unit:
 
 @dataclass(frozen=True)
 class Step:
-    """Every unit of one decoder layer (all layers are alike), and of what stands before and after them."""
+    """Every unit of one decoder layer (all layers are alike), and of what stands before and
+    after them.
+    """
 
     plan: Plan
     architecture: Architecture
@@ -125,7 +129,9 @@ def work_out(plan: Plan) -> Step:
 
 
 def rotary_buffer_bytes(shape: Architecture) -> int:
-    """inv_freq and its untouched original: two fp32 vectors of head_dim / 2, in every model type here."""
+    """inv_freq and its untouched original: two fp32 vectors of head_dim / 2, in every model type
+    here.
+    """
     scale = 2 if shape.gemma and shape.model_type == "gemma" else 0
     return 2 * 4 * (shape.head_dim // 2) + scale
 

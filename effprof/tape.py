@@ -1,7 +1,7 @@
 """Tape: the ordered record of a step's memory, and its readers.
 
-An event is ``(storage, bytes)``: positive when a storage is allocated, negative when it is freed. Views and in-place
-operations make none.
+An event is ``(storage, bytes)``: positive when a storage is allocated, negative when it is freed.
+Views and in-place operations make none.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ UPDATES = ("build", "first", "steady", "periodic")
 
 @dataclass(slots=True)
 class Tape:
-    """``roles`` and ``labels`` are per storage; ``marks`` say from which event on a phase of an update runs."""
+    """``roles`` and ``labels`` are per storage; ``marks`` say from which event on a phase of an
+    update runs.
+    """
 
     events: list[tuple[int, int]] = field(default_factory=list)
     roles: list[str] = field(default_factory=list)
@@ -39,7 +41,9 @@ class Tape:
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """The instant with most bytes alive. ``by_role`` sums to ``size``; ``alive`` is (bytes, role, label), largest first."""
+    """The instant with most bytes alive. ``by_role`` sums to ``size``; ``alive`` is (bytes,
+    role, label), largest first.
+    """
 
     size: int
     event: int
@@ -50,7 +54,8 @@ class Peak:
 
 
 def peak(tape: Tape, blocks: Sequence[int] | None = None, start: int = 0) -> Peak:
-    """The peak at or after event ``start``. ``blocks`` is each storage's size in the allocator, unsplit tail included.
+    """The peak at or after event ``start``. ``blocks`` is each storage's size in the allocator,
+    unsplit tail included.
 
     Without ``blocks`` a storage counts the bytes requested, as the CPU allocator gives them.
     """
@@ -94,7 +99,9 @@ def timeline(tape: Tape, blocks: Sequence[int] | None = None) -> list[int]:
 
 
 def difference(ours: Peak, theirs: Peak) -> list[tuple[str, int, int]]:
-    """What two peaks hold differently: (label, bytes in ours, bytes in theirs), largest difference first."""
+    """What two peaks hold differently: (label, bytes in ours, bytes in theirs), largest
+    difference first.
+    """
     totals: dict[str, list[int]] = {}
     for side, one in enumerate((ours, theirs)):
         for size, role, label in one.alive:

@@ -1,7 +1,7 @@
 """Bytes, FLOPs, tokens and seconds to text and back, decided once.
 
-Sizes are integers of bytes until they are printed. Memory is printed in GiB (2**30), as CUDA and NVML count
-it; published tables use GB (1e9) and are labelled so.
+Sizes are integers of bytes until they are printed. Memory is printed in GiB (2**30), as CUDA and
+NVML count it; published tables use GB (1e9) and are labelled so.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ def parse_count(text: str, name: str) -> int:
     """A count of tokens such as ``13.1B``, ``300k`` or ``4096``. Raises UsageError."""
     match = _NUMBER.fullmatch(text)
     if match is None or match[2].lower() not in _DECIMAL:
-        raise UsageError(f"{name} {text!r} is not a count.", f"Type for example {name} 13.1B or 300M.")
+        raise UsageError(
+            f"{name} {text!r} is not a count.", f"Type for example {name} 13.1B or 300M."
+        )
     value = round(float(match[1]) * _DECIMAL[match[2].lower()])
     if value <= 0:
         raise UsageError(f"{name} must be positive, not {text!r}.", f"Type for example {name} 1B.")
@@ -33,9 +35,13 @@ def parse_bytes(text: str, name: str) -> int:
     """A memory size such as ``24GB`` (1e9) or ``24GiB`` (2**30), told apart. Raises UsageError."""
     match = _NUMBER.fullmatch(text)
     unit = match[2].lower() if match else ""
-    scale = _BINARY.get(unit) or (_DECIMAL.get(unit[:-1]) if unit.endswith("b") and unit != "b" else None)
+    scale = _BINARY.get(unit) or (
+        _DECIMAL.get(unit[:-1]) if unit.endswith("b") and unit != "b" else None
+    )
     if match is None or scale is None or float(match[1]) <= 0:
-        raise UsageError(f"{name} {text!r} is not a size.", f"Type for example {name} 24GB or 22.5GiB.")
+        raise UsageError(
+            f"{name} {text!r} is not a size.", f"Type for example {name} 24GB or 22.5GiB."
+        )
     return round(float(match[1]) * scale)
 
 
@@ -50,7 +56,9 @@ def gib(size: int, digits: int = 2) -> str:
 
 def quantity(value: float, unit: str = "") -> str:
     """A large number with its decimal prefix: ``13.1 TFLOP``, ``1.34 B`` without a unit."""
-    prefixes = ("", "k", "M", "G", "T", "P", "E", "Z") if unit else ("", "k", "M", "B", "T", "P", "E", "Z")
+    prefixes = (
+        ("", "k", "M", "G", "T", "P", "E", "Z") if unit else ("", "k", "M", "B", "T", "P", "E", "Z")
+    )
     power = 0
     while abs(value) >= 999.5 and power < len(prefixes) - 1:
         value /= 1000

@@ -5,7 +5,8 @@ A file is a method when its name has no leading underscore. Nothing else names m
 
 if __name__ != "effprof.methods":
     raise ImportError(
-        f"methods was imported as {__name__!r}; install effprof (pip install -e .) and import effprof.methods"
+        f"methods was imported as {__name__!r}; install effprof (pip install -e .) and import "
+        f"effprof.methods"
     )
 
 DEFAULT = "full"

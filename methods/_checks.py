@@ -9,7 +9,9 @@ from effprof.model import Matrix
 def positive(name: str, value: float) -> None:
     """Raise UsageError unless ``value`` is above zero."""
     if not value > 0:
-        raise UsageError(f"{name} must be positive, not {value!r}.", f"Type for example --set {name}=1.")
+        raise UsageError(
+            f"{name} must be positive, not {value!r}.", f"Type for example --set {name}=1."
+        )
 
 
 def betas(value: tuple[float, ...]) -> None:
@@ -32,5 +34,6 @@ def rank_below(matrix: Matrix, rank: int) -> None:
         raise UsageError(
             f"Rank {rank} is not below the shorter side of {matrix.name} "
             f"({matrix.rows} × {matrix.columns}).",
-            f"Type --rank {max(matrix.shorter // 2, 1)} or less, or leave the matrix out with --targets.",
+            f"Type --rank {max(matrix.shorter // 2, 1)} or less, or leave the matrix out with "
+            f"--targets.",
         )

@@ -1,7 +1,8 @@
 """Full-rank AdamW: every parameter trained, two moments each.
 
-Decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101, Algorithm 2). torch.optim.AdamW is hosted as it is
-wherever moments have the weights' dtype; moments in fp32 beside bf16 weights, which it refuses, are ``update`` below.
+Decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101, Algorithm 2). torch.optim.AdamW is
+hosted as it is wherever moments have the weights' dtype; moments in fp32 beside bf16 weights, which
+it refuses, are ``update`` below.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ FACTS = Facts(
     equations="Algorithm 2",
     reference="torch.optim.AdamW",
     deviations=(
-        "eps is 1e-8 and weight decay 0, as the benchmark sets them (torch's own decay default is 0.01).",
-        "The learning rates by size are effprof's starting points: no published table of the benchmark's sweep.",
+        "eps is 1e-8 and weight decay 0, as the benchmark sets them (torch's own decay default is "
+        "0.01).",
+        "The learning rates by size are effprof's starting points: no published table of the "
+        "benchmark's sweep.",
     ),
     lr={"9m": 3e-3, "60m": 2e-3, "130m": 1e-3, "350m": 1e-3, "1b": 5e-4, "7b": 3e-4},
     convention="bf16, 2 B per number: weights + both AdamW moments; no gradients, no activations",
@@ -47,7 +50,7 @@ class Settings:
         _checks.not_negative("weight_decay", self.weight_decay)
 
 
-def state(matrix: Matrix, settings: Settings) -> tuple[Tensor, ...]:  # noqa: ARG001
+def state(matrix: Matrix, settings: Settings) -> tuple[Tensor, ...]:
     """Both moments, in the tensor's shape, and torch's step counter."""
     shape = matrix.shape
     return (
@@ -57,12 +60,12 @@ def state(matrix: Matrix, settings: Settings) -> tuple[Tensor, ...]:  # noqa: AR
     )
 
 
-def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:  # noqa: ARG001
+def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:
     """About twelve operations per number: two moving averages, a root, a quotient, the step."""
     return Flops(elementwise={"adamw": 12 * matrix.numel})
 
 
-def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, tuple[Tensor, ...]]:  # noqa: ARG001
+def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, tuple[Tensor, ...]]:
     """Of ``update``: the denominator, the step, and the weight in fp32."""
     shape = matrix.shape
     return {
@@ -84,7 +87,9 @@ def torch_settings(settings: Settings) -> dict[str, Any]:
 
 
 def update(group: Group, clock: Clock, settings: Settings) -> None:
-    """AdamW with moments in fp32 whatever the weights' dtype; the weight is rounded once per update."""
+    """AdamW with moments in fp32 whatever the weights' dtype; the weight is rounded once per
+    update.
+    """
     weight, gradient = group.tensors["weight"], group.gradients["weight"].float()
     first, second = group.state["exp_avg"], group.state["exp_avg_sq"]
     beta1, beta2 = settings.betas

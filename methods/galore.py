@@ -1,7 +1,8 @@
-"""GaLore: AdamW on the gradient projected onto its leading singular vectors, renewed every ``refresh`` updates.
+"""GaLore: AdamW on the gradient projected onto its leading singular vectors, renewed every
+``refresh`` updates.
 
-Zhao et al., arXiv 2403.03507, Algorithm 2. The back-projection and the weight's step are one product added in place, so no
-matrix-sized temporary exists outside a refresh.
+Zhao et al., arXiv 2403.03507, Algorithm 2. The back-projection and the weight's step are one
+product added in place, so no matrix-sized temporary exists outside a refresh.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ FACTS = Facts(
     reference="jiaweizzhao/GaLore galore_torch (PyPI galore-torch 1.0)",
     deviations=(
         "eps is 1e-8 as in the paper's pseudo-code; the release uses 1e-6 (--set eps=1e-6).",
-        "A square matrix is projected from the right, as the release does; the paper projects it from the left "
+        "A square matrix is projected from the right, as the release does; the paper projects it "
+        "from the left "
         "(--set side=left).",
         "rank 512 at 1b is the paper's table; the released script passes 1024.",
         "Embeddings, head and norms get AdamW in the same run, as in the release.",
@@ -40,7 +42,8 @@ FACTS = Facts(
         "7b": {"rank": 1024, "refresh": 500},
     },
     lr={"60m": 1e-2, "1b": 1e-2, "7b": 5e-3},
-    convention="bf16, 2 B per number: weights + projector + both moments of the projected gradient; AdamW for the rest",
+    convention="bf16, 2 B per number: weights + projector + both moments of the projected "
+    "gradient; AdamW for the rest",
 )
 COVERS = ("linear",)
 PERIODS = ("refresh",)
@@ -97,7 +100,7 @@ def state(matrix: Matrix, settings: Settings) -> tuple[Tensor, ...]:
     )
 
 
-def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:  # noqa: ARG001
+def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:
     """Project and project back; AdamW on the projected gradient; a thin SVD per refresh.
 
     The SVD is 14 q p² + 8 p³ for sides p <= q (Golub & Van Loan, R-SVD with both factors).
@@ -112,10 +115,12 @@ def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:  # noqa: AR
     )
 
 
-def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, tuple[Tensor, ...]]:  # noqa: ARG001
-    """Three tensors of the projected shape in an update; an fp32 gradient with its SVD in a refresh.
+def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, tuple[Tensor, ...]]:
+    """Three tensors of the projected shape in an update; an fp32 gradient with its SVD in a
+    refresh.
 
-    The SVD's workspace: LAPACK gesdd on a copy of the gradient, 4 p² + 7 p numbers beside the factors.
+    The SVD's workspace: LAPACK gesdd on a copy of the gradient, 4 p² + 7 p numbers beside the
+    factors.
     """
     _, projected = _shapes(matrix, settings)
     p, q = matrix.shorter, matrix.longer
@@ -140,13 +145,15 @@ def _basis(gradient: TorchTensor, settings: Settings) -> TorchTensor:
     import torch
 
     left, _, right = torch.linalg.svd(gradient.float(), full_matrices=False)
-    if _from_right(gradient.shape[0], gradient.shape[1], settings.side):
-        return right[: settings.rank].to(gradient.dtype)
-    return left[:, : settings.rank].to(gradient.dtype)
+    from_right = _from_right(gradient.shape[0], gradient.shape[1], settings.side)
+    basis: TorchTensor = right[: settings.rank] if from_right else left[:, : settings.rank]
+    return basis.to(gradient.dtype)
 
 
 def update(group: Group, clock: Clock, settings: Settings) -> None:
-    """One update of a rows × columns weight; the basis is renewed when ``refresh`` divides the update count."""
+    """One update of a rows × columns weight; the basis is renewed when ``refresh`` divides the
+    update count.
+    """
     weight, gradient = group.tensors["weight"], group.gradients["weight"]
     projector, first, second = (group.state[k] for k in ("projector", "exp_avg", "exp_avg_sq"))
     if clock.update % settings.refresh == 0:

@@ -1,7 +1,8 @@
 """Low-rank pretraining: each matrix is a product W = (alpha / rank) * B A, trained by its factors.
 
-Kamalakara et al., arXiv 2209.13569; as in the benchmark arXiv 2505.22922. The layer multiplies by A, then by B, and never
-forms W: a layer that does costs the dense FLOPs and keeps W from forward to backward.
+Kamalakara et al., arXiv 2209.13569; as in the benchmark arXiv 2505.22922. The layer multiplies by
+A, then by B, and never forms W: a layer that does costs the dense FLOPs and keeps W from forward to
+backward.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ class Settings:
 
 
 def weights(matrix: Matrix, settings: Settings) -> tuple[Tensor, ...]:
-    """A: rank × columns, B: rows × rank. Raises UsageError where the rank is not below both sides."""
+    """A: rank × columns, B: rows × rank. Raises UsageError where the rank is not below both
+    sides.
+    """
     _checks.rank_below(matrix, settings.rank)
     return (
         Tensor("A", (settings.rank, matrix.columns), trainable=True),
@@ -63,7 +66,7 @@ def weights(matrix: Matrix, settings: Settings) -> tuple[Tensor, ...]:
     )
 
 
-def saved(matrix: Matrix, tokens: int, settings: Settings) -> Saved:  # noqa: ARG001
+def saved(matrix: Matrix, tokens: int, settings: Settings) -> Saved:
     """The input, and the rank-wide product."""
     return Saved(extra=(Tensor("reduced", (tokens, settings.rank), "compute", "activations"),))
 
@@ -79,7 +82,9 @@ def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:
 
 
 def transient(
-    matrix: Matrix, tokens: int, settings: Settings  # noqa: ARG001
+    matrix: Matrix,
+    tokens: int,
+    settings: Settings,
 ) -> Mapping[str, tuple[Tensor, ...]]:
     """Backward holds the gradient of the rank-wide product."""
     return {"backward": (Tensor("d_reduced", (tokens, settings.rank), "compute", "workspace"),)}
@@ -88,7 +93,9 @@ def transient(
 def init(
     matrix: Matrix, settings: Settings, seed: int, dense: TorchTensor | None = None
 ) -> dict[str, TorchTensor]:
-    """Both factors uniform (kaiming, a = sqrt 5), as the release; from ``dense`` its best rank-r factors."""
+    """Both factors uniform (kaiming, a = sqrt 5), as the release; from ``dense`` its best rank-r
+    factors.
+    """
     import torch
 
     if dense is not None:

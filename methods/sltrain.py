@@ -1,7 +1,8 @@
 """SLTrain: W = (alpha / rank) * B A + S, with S sparse on a fixed random support.
 
-Han et al., arXiv 2406.02214, section 3. Only the input is kept for backward; the dense W is rebuilt there, and the dense
-gradient is formed once for A, B and the values together (the benchmark's Python release forms it three times).
+Han et al., arXiv 2406.02214, section 3. Only the input is kept for backward; the dense W is rebuilt
+there, and the dense gradient is formed once for A, B and the values together (the benchmark's
+Python release forms it three times).
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ FACTS = Facts(
     summary="W = s·BA + S, S sparse on a fixed random support",
     paper="arXiv 2406.02214",
     equations="section 3.1, equations 2 and 3",
-    reference="andyjm3/SLTrain splora/; OptimAI-Lab/Memory_Efficient_Pretraining para_eff_pt/pt_sltrain",
+    reference="andyjm3/SLTrain splora/; OptimAI-Lab/Memory_Efficient_Pretraining "
+    "para_eff_pt/pt_sltrain",
     deviations=(
         "The dense gradient is computed once per layer instead of three times.",
-        "Indices are int32 where rows × columns fits (the release: int64), so buffers are half as large.",
-        "The density defaults to the paper's 0.03 (0.05 at 7b); the benchmark's code defaults to 0.01.",
+        "Indices are int32 where rows × columns fits (the release: int64), so buffers are half as "
+        "large.",
+        "The density defaults to the paper's 0.03 (0.05 at 7b); the benchmark's code defaults to "
+        "0.01.",
     ),
     defaults={
         "60m": {"rank": 128, "alpha": 32.0, "density": 0.03},
@@ -38,7 +42,8 @@ FACTS = Facts(
         "7b": {"rank": 1024, "alpha": 8.0, "density": 0.05},
     },
     lr={"60m": 3e-3, "7b": 3e-3},
-    convention="bf16, 2 B per number + 8 B (int64) per sparse index: weights + both AdamW moments + indices",
+    convention="bf16, 2 B per number + 8 B (int64) per sparse index: weights + both AdamW moments "
+    "+ indices",
 )
 UPDATE = full
 
@@ -65,14 +70,17 @@ def _support(matrix: Matrix, settings: Settings) -> int:
     count = int(settings.density * matrix.numel)
     if count == 0:
         raise UsageError(
-            f"density {settings.density} leaves no entry in {matrix.name} ({matrix.rows} × {matrix.columns}).",
+            f"density {settings.density} leaves no entry in {matrix.name} ({matrix.rows} × "
+            f"{matrix.columns}).",
             "Type a larger --set density=….",
         )
     return count
 
 
 def weights(matrix: Matrix, settings: Settings) -> tuple[Tensor, ...]:
-    """A, B, the sparse values and their flat indices. Raises UsageError for a rank the matrix cannot hold."""
+    """A, B, the sparse values and their flat indices. Raises UsageError for a rank the matrix
+    cannot hold.
+    """
     _checks.rank_below(matrix, settings.rank)
     count = _support(matrix, settings)
     return (
@@ -83,7 +91,7 @@ def weights(matrix: Matrix, settings: Settings) -> tuple[Tensor, ...]:
     )
 
 
-def saved(matrix: Matrix, tokens: int, settings: Settings) -> Saved:  # noqa: ARG001
+def saved(matrix: Matrix, tokens: int, settings: Settings) -> Saved:
     """The input and nothing else."""
     return Saved()
 
@@ -99,18 +107,27 @@ def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:
 
 
 def transient(
-    matrix: Matrix, tokens: int, settings: Settings  # noqa: ARG001
+    matrix: Matrix,
+    tokens: int,
+    settings: Settings,
 ) -> Mapping[str, tuple[Tensor, ...]]:
-    """The dense W in forward; in backward W until the input's gradient is formed, then the dense gradient."""
+    """The dense W in forward; in backward W until the input's gradient is formed, then the dense
+    gradient.
+    """
     dense_weight = Tensor("dense", (matrix.rows, matrix.columns), "compute", "workspace")
     scaled = Tensor("scaled_A", (settings.rank, matrix.columns), "compute", "workspace")
-    return {"forward": (dense_weight,), "backward": (dense_weight,), "backward_weights": (dense_weight, scaled)}
+    return {
+        "forward": (dense_weight,),
+        "backward": (dense_weight,),
+        "backward_weights": (dense_weight, scaled),
+    }
 
 
 def init(
     matrix: Matrix, settings: Settings, seed: int, dense: TorchTensor | None = None
 ) -> dict[str, TorchTensor]:
-    """A kaiming-uniform, B zero, values uniform ± 1/sqrt(columns), a sorted random support, as the release.
+    """A kaiming-uniform, B zero, values uniform ± 1/sqrt(columns), a sorted random support, as the
+    release.
 
     From ``dense`` the factors are its best rank-r part and the values what is left on the support.
     """
@@ -157,11 +174,13 @@ def forward(
 def backward(
     gradient: TorchTensor,
     x: TorchTensor,
-    saved: Sequence[TorchTensor],  # noqa: ARG001
+    saved: Sequence[TorchTensor],
     tensors: Mapping[str, TorchTensor],
     settings: Settings,
 ) -> tuple[TorchTensor, dict[str, TorchTensor]]:
-    """dx = g W with W rebuilt; one dense gᵀ x gives dA = s Bᵀ (gᵀ x), dB = s (gᵀ x) Aᵀ and the values' entries."""
+    """dx = g W with W rebuilt; one dense gᵀ x gives dA = s Bᵀ (gᵀ x), dB = s (gᵀ x) Aᵀ and the
+    values' entries.
+    """
     d_x = gradient @ _build(tensors, settings)
     d_weight = gradient.t() @ x
     values = d_weight.view(-1).index_select(0, tensors["indices"])

@@ -40,12 +40,10 @@ def _version(wanted: bool) -> None:
 @app.callback(invoke_without_command=True)
 def main(
     context: typer.Context,
-    version: Annotated[  # noqa: ARG001 - the callback prints it
+    version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error.")
-    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """effprof: what fits, what it is worth, does reality agree, and then train."""
     context.obj = {"debug": debug}
@@ -69,7 +67,9 @@ def run(arguments: list[str]) -> int:
         if not hasattr(error, "format_message"):  # what typer raises for a bad option
             raise
         sys.stderr.write(f"Error: {error.format_message()}\n")
-        sys.stderr.write(f"Hint:  effprof {arguments[0] if arguments else ''} --help lists the options.\n")
+        sys.stderr.write(
+            f"Hint:  effprof {arguments[0] if arguments else ''} --help lists the options.\n"
+        )
         return 2
 
 

@@ -21,7 +21,8 @@ def _option(help_text: str, *names: str) -> Any:
 
 def _plan_flags(
     model: Annotated[
-        str | None, _option("Preset (60m, 1b, qwen2-0.5b …) or path of a config.json.", "--model", "-m")
+        str | None,
+        _option("Preset (60m, 1b, qwen2-0.5b …) or path of a config.json.", "--model", "-m"),
     ] = None,
     method: Annotated[str | None, _option("Method; `effprof methods` lists them. [full]")] = None,
     update: Annotated[str | None, _option("Another method's update half.")] = None,
@@ -36,7 +37,9 @@ def _plan_flags(
     dtype: Annotated[str | None, _option("bf16, amp-bf16, amp-fp16 or fp32. [bf16]")] = None,
     state_dtype: Annotated[str | None, _option("Optimizer states: same or fp32. [same]")] = None,
     master_weights: Annotated[str | None, _option("none. [none]")] = None,
-    checkpointing: Annotated[str | None, _option("Activation checkpointing: none or full. [none]")] = None,
+    checkpointing: Annotated[
+        str | None, _option("Activation checkpointing: none or full. [none]")
+    ] = None,
     attention: Annotated[str | None, _option("sdpa, eager or math. [sdpa]")] = None,
     attention_mask: Annotated[str | None, _option("none. [none]")] = None,
     loss: Annotated[str | None, _option("standard. [standard]")] = None,
@@ -44,7 +47,9 @@ def _plan_flags(
     per_layer_update: Annotated[
         bool | None, _option("Not in this version.", "--per-layer-update")
     ] = None,
-    zero_grad: Annotated[str | None, _option("Gradients after an update: none or zero. [none]")] = None,
+    zero_grad: Annotated[
+        str | None, _option("Gradients after an update: none or zero. [none]")
+    ] = None,
     optimizer_impl: Annotated[str | None, _option("AdamW: fused, foreach or loop. [fused]")] = None,
     keep_logits: Annotated[
         bool | None, _option("The loop keeps the model's output through backward.", "--keep-logits")
@@ -54,7 +59,9 @@ def _plan_flags(
         bool | None, _option("Train the targeted matrices only.", "--freeze-rest")
     ] = None,
     compile: Annotated[bool | None, _option("torch.compile the model.", "--compile")] = None,
-    allocator: Annotated[str | None, _option("CUDA allocator: default or expandable. [default]")] = None,
+    allocator: Annotated[
+        str | None, _option("CUDA allocator: default or expandable. [default]")
+    ] = None,
     device: Annotated[str | None, _option("cuda or cpu.")] = None,
     gpu: Annotated[str | None, _option("A card's name, or mem=24GB.")] = None,
     gpus: Annotated[int | None, _option("Number of GPUs. [1]")] = None,
@@ -65,7 +72,9 @@ def _plan_flags(
 
 
 def with_plan_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the plan's flags; it receives them first, as ``flags``: name -> value, unset ones left out."""
+    """Give a command the plan's flags; it receives them first, as ``flags``: name -> value,
+    unset ones left out.
+    """
     own = inspect.signature(command)
     shared = inspect.signature(_plan_flags)
 
@@ -96,11 +105,17 @@ def plan_values(flags: Mapping[str, Any]) -> dict[str, Any]:
         values["targets"] = tuple(part.strip() for part in values["targets"].split(","))
     base = read_table(path, "plan") if path else {}
     if base and {"method", "update"} & values.keys():
-        base = {k: v for k, v in base.items() if k not in ("settings", "update_settings", "rank", "update")}
+        base = {
+            k: v
+            for k, v in base.items()
+            if k not in ("settings", "update_settings", "rank", "update")
+        }
     for one in text:
         key, separator, value = one.partition("=")
         if not separator or not value:
-            raise UsageError(f"--set {one!r} is not key=value.", "Type for example --set refresh=100.")
+            raise UsageError(
+                f"--set {one!r} is not key=value.", "Type for example --set refresh=100."
+            )
         where = "update_settings" if key.startswith("update.") else "settings"
         values.setdefault(where, {})[key.removeprefix("update.")] = value
     for where in ("settings", "update_settings"):
@@ -132,7 +147,9 @@ def read_table(path: Path, name: str) -> dict[str, Any]:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as problem:
-        raise UsageError(f"Cannot read {str(path)!r}: {problem.strerror}.", "Give a run.toml.") from None
+        raise UsageError(
+            f"Cannot read {str(path)!r}: {problem.strerror}.", "Give a run.toml."
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise UsageError(f"{str(path)!r} is not TOML: {problem}.", "Give a run.toml.") from None
     unknown_tables = document.keys() - {"plan", "train"}
@@ -140,6 +157,7 @@ def read_table(path: Path, name: str) -> dict[str, Any]:
         document, unknown_tables = {"plan": document}, set()
     if unknown_tables:
         raise UsageError(
-            f"{str(path)!r} has an unknown table [{sorted(unknown_tables)[0]}].", "Known: [plan] and [train]."
+            f"{str(path)!r} has an unknown table [{sorted(unknown_tables)[0]}].",
+            "Known: [plan] and [train].",
         )
     return dict(document.get(name, {}))

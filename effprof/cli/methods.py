@@ -38,7 +38,7 @@ def _row(method: registry.Method) -> dict[str, Any]:
     fields = registry.setting_fields(method.addressed)
     return {
         "name": method.name,
-        **{k: v for k, v in dataclasses.asdict(method.facts).items()},
+        **dataclasses.asdict(method.facts),
         "update": method.update_name,
         "kind": "layer" if method.layer else "update",
         "settings": {

@@ -25,7 +25,9 @@ def command(
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,
 ) -> int:
-    """Run the plan's step for real in a process of its own and compare; exit 3 when memory runs out."""
+    """Run the plan's step for real in a process of its own and compare; exit 3 when memory runs
+    out.
+    """
     plan = plan_from(default_device(flags))
 
     from effprof.trainer.build import resolve_device

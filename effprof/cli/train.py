@@ -22,7 +22,9 @@ EPILOG = (
 @with_plan_flags
 def command(
     flags: Mapping[str, Any],
-    steps: Annotated[int | None, typer.Option(help="Optimizer updates.", show_default=False)] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer updates.", show_default=False)
+    ] = None,
     lr: Annotated[
         float | None, typer.Option(help="Peak learning rate. [the method's]", show_default=False)
     ] = None,
@@ -76,7 +78,10 @@ def command(
     base = read_table(flags["config"], "train") if "config" in flags else {}
     given = {**base, **{key: value for key, value in given.items() if value is not None}}
     plan = plan_from(default_device(flags))
-    folder = out or Path("runs") / f"{plan.architecture.name}-{plan.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = (
+        out
+        or Path("runs") / f"{plan.architecture.name}-{plan.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    )
 
     from effprof.trainer.run import make
 

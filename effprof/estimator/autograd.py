@@ -1,8 +1,10 @@
-"""A miniature autograd over storages: it runs a model's forward and backward without a number in it.
+"""A miniature autograd over storages: it runs a model's forward and backward without a number in
+it.
 
-Values are freed by Python's own reference counting, as PyTorch's tensors are, so a forward written like the model's
-has its lifetimes; the backward engine keeps the order, the in-place sums and the releases of torch's. Sources: torch 2.13
-torch/csrc/autograd/engine.cpp, input_buffer.cpp, functions/accumulate_grad.h; derivatives.yaml for each rule.
+Values are freed by Python's own reference counting, as PyTorch's tensors are, so a forward written
+like the model's has its lifetimes; the backward engine keeps the order, the in-place sums and the
+releases of torch's. Sources: torch 2.13 torch/csrc/autograd/engine.cpp, input_buffer.cpp,
+functions/accumulate_grad.h; derivatives.yaml for each rule.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from collections.abc import Callable, Sequence
 
 from effprof.tape import Tape
 
-# getrefcount of a storage that one Value, held by the engine's buffer alone, owns: the attribute and the call's argument.
+# getrefcount of a storage that one Value, held by the engine's buffer alone, owns: the attribute
+# and the call's argument.
 _SOLE_OWNER = 2
 
 
@@ -61,7 +64,9 @@ class Leaf:
 
 
 class Node:
-    """One operation's backward: its rule, what it saved, and its inputs' (node, numel, itemsize)."""
+    """One operation's backward: its rule, what it saved, and its inputs' (node, numel,
+    itemsize).
+    """
 
     __slots__ = ("inputs", "label", "rule", "saved", "sequence")
 
@@ -147,11 +152,17 @@ class Graph:
         return self.attach(out, label, (value,), (), _same)
 
     def checkpoint(
-        self, function: Callable[[Value], Value], x: Value, after: Callable[[], None], rng_bytes: int
+        self,
+        function: Callable[[Value], Value],
+        x: Value,
+        after: Callable[[], None],
+        rng_bytes: int,
     ) -> Value:
-        """Run ``function`` keeping only its input; backward runs it again (non-reentrant, early stop).
+        """Run ``function`` keeping only its input; backward runs it again (non-reentrant, early
+        stop).
 
-        ``after`` is called when a second run ends; ``rng_bytes`` of random state are kept beside the input.
+        ``after`` is called when a second run ends; ``rng_bytes`` of random state are kept beside
+        the input.
         """
         self.mark_activation(x)
         frame = _Frame(self, function, x, after)
@@ -270,7 +281,7 @@ class _Frame:
         self.holders: list[weakref.ref[Holder]] = []
         self.recomputed = 0
 
-    def hold(self, value: Value) -> Holder:  # noqa: ARG002 - the value itself is let go
+    def hold(self, value: Value) -> Holder:
         holder = Holder(self)
         self.holders.append(weakref.ref(holder))
         return holder
@@ -302,7 +313,7 @@ def _detached(value: Value) -> Value:
     return Value(value.storage, value.numel, value.itemsize)
 
 
-def _same(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+def _same(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:
     return (gradient,)
 
 

@@ -1,7 +1,9 @@
-"""The forward of a transformers 5.23 decoder, written over storages as its modules are written over tensors.
+"""The forward of a transformers 5.23 decoder, written over storages as its modules are written over
+tensors.
 
-Local variables live and die where the module's do, so lifetimes follow. Sources: modeling_llama.py, modeling_gemma.py,
-modeling_gemma2.py, modeling_qwen3.py, modeling_phi3.py, loss/loss_utils.py, integrations/sdpa_attention.py.
+Local variables live and die where the module's do, so lifetimes follow. Sources: modeling_llama.py,
+modeling_gemma.py, modeling_gemma2.py, modeling_qwen3.py, modeling_phi3.py, loss/loss_utils.py,
+integrations/sdpa_attention.py.
 """
 
 from __future__ import annotations
@@ -17,11 +19,15 @@ from effprof.step import Step, Unit
 
 Weights = Mapping[str, Value]
 
-CPU_RNG_STATE = 5056  # bytes of torch.get_rng_state(), which a checkpoint keeps; a GPU's is kept on the CPU
+CPU_RNG_STATE = (
+    5056  # bytes of torch.get_rng_state(), which a checkpoint keeps; a GPU's is kept on the CPU
+)
 
 
 class Decoder:
-    """One model on a graph. ``forward`` returns (loss, logits); weights are allocated on construction."""
+    """One model on a graph. ``forward`` returns (loss, logits); weights are allocated on
+    construction.
+    """
 
     def __init__(self, graph: Graph, step: Step) -> None:
         self.graph = graph
@@ -77,7 +83,7 @@ class Decoder:
             logits = ops.scale(graph, logits, "softcap")
         graph.module = "loss."
         loss = self._loss(logits, labels)
-        self.casts.clear()  # autocast's weight copies end with its block, except what backward saved
+        self.casts.clear()  # autocast's copies end with its block, except what backward saved
         graph.module = ""
         return loss, logits
 
@@ -121,13 +127,17 @@ class Decoder:
         normal = ops.mul(graph, x32, inverse, "normalised")
         del x32, inverse
         if self.shape.gemma:
-            gain = ops.shift(graph, ops.to(graph, self.weight(weight), 4, "weight_fp32"), "1+weight")
+            gain = ops.shift(
+                graph, ops.to(graph, self.weight(weight), 4, "weight_fp32"), "1+weight"
+            )
             return ops.to(graph, ops.mul(graph, normal, gain, "scaled"), itemsize, "norm")
         normal = ops.to(graph, normal, itemsize, "normalised")
         return ops.mul(graph, self.weight(weight), normal, "norm")
 
     def linear(self, x: Value, weight: Value, rows: int, bias: Value | None = None) -> Value:
-        """x Wᵀ under the plan's precision: autocast casts input and weight, the weight once per forward."""
+        """x Wᵀ under the plan's precision: autocast casts input and weight, the weight once per
+        forward.
+        """
         x = ops.to(self.graph, x, self.compute, "input_cast")
         weight = self._cast(weight)
         numel = x.numel * rows // (weight.numel // rows)
@@ -184,7 +194,7 @@ class Decoder:
         x_needs, x_numel = x.needs_grad, x.numel
         shapes = [(value.needs_grad, value.numel) for value in tensors]
 
-        def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value | None]:  # noqa: ARG001
+        def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value | None]:
             throughout = self._declared(unit, "backward")
             held = self._declared(unit, "backward_input")
             d_x = graph.allocate(x_numel, gradient.itemsize, "d_input") if x_needs else None
@@ -262,8 +272,12 @@ class _Layer:
         else:
             query, key = self._project(x, "q"), self._project(x, "k")
             if self.shape.head_norms:
-                query = self.decoder.norm(query, f"{self.path}self_attn.q_norm.weight", self.shape.head_dim)
-                key = self.decoder.norm(key, f"{self.path}self_attn.k_norm.weight", self.shape.head_dim)
+                query = self.decoder.norm(
+                    query, f"{self.path}self_attn.q_norm.weight", self.shape.head_dim
+                )
+                key = self.decoder.norm(
+                    key, f"{self.path}self_attn.k_norm.weight", self.shape.head_dim
+                )
             value = self._project(x, "v")
         query, key = self._rotate(query, key)
         out = attend(self.decoder, query, key, value, self.mask)
@@ -271,12 +285,14 @@ class _Layer:
         return self._project(out, "o")
 
     def _split_heads(self, fused: Value) -> tuple[Value, Value, Value]:
-        """phi3's q, k, v are slices of one product; each slice's backward fills a zero tensor of all of it."""
+        """phi3's q, k, v are slices of one product; each slice's backward fills a zero tensor of
+        all of it.
+        """
         graph, shape = self.graph, self.shape
         unit = fused.numel // (shape.heads + 2 * shape.kv_heads)
         whole, size = fused.numel, fused.itemsize
 
-        def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+        def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:
             return (graph.allocate(whole, size, "d_slice"),)
 
         def part(heads: int) -> Value:
@@ -337,7 +353,9 @@ def attend(decoder: Decoder, query: Value, key: Value, value: Value, mask: Value
 
 
 def _flash(decoder: Decoder, query: Value, key: Value, value: Value) -> Value:
-    """scaled_dot_product_attention's flash kernel: saves its inputs, its output and the log-sum-exp."""
+    """scaled_dot_product_attention's flash kernel: saves its inputs, its output and the
+    log-sum-exp.
+    """
     graph, plan, shape = decoder.graph, decoder.plan, decoder.shape
     out = graph.allocate(query.numel, query.itemsize, "attention")
     lse = graph.allocate(plan.positions * shape.heads, 4, "logsumexp")
@@ -346,11 +364,12 @@ def _flash(decoder: Decoder, query: Value, key: Value, value: Value) -> Value:
         saved += [graph.allocate(1, 8, "philox_seed"), graph.allocate(1, 8, "philox_offset")]
     sizes = [(x.numel, x.itemsize) for x in (query, key, value)]
 
-    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:
         return [graph.allocate(*size, "d_qkv") for size in sizes]
 
     out = graph.attach(out, "sdpa", (query, key, value), saved, rule)
-    # The kernel's output follows the query's layout: phi3's concatenated query needs a transposed copy.
+    # The kernel's output follows the query's layout: phi3's concatenated query needs a transposed
+    # copy.
     return ops.copy(graph, out, out.numel, "contiguous") if shape.fused else out
 
 
@@ -389,7 +408,9 @@ def _math(decoder: Decoder, query: Value, key: Value, value: Value, numel: int) 
     query, key = ops.scale(graph, query, "scaled_q"), ops.scale(graph, key, "scaled_k")
     scores = ops.matmul(graph, query, key, numel, "scores")
     del query, key
-    scores = ops.add_in_place(graph, scores, graph.allocate(decoder.plan.seq_len**2, compute, "mask"))
+    scores = ops.add_in_place(
+        graph, scores, graph.allocate(decoder.plan.seq_len**2, compute, "mask")
+    )
     weights = ops.from_result(graph, scores, "softmax")
     del scores
     out = ops.matmul(graph, weights, value, query_numel(decoder), "attention")

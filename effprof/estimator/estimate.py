@@ -17,7 +17,9 @@ SCHEMA = "effprof.estimate/1"
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Whether a card holds the process; ``headroom`` is memory minus the process total, in bytes."""
+    """Whether a card holds the process; ``headroom`` is memory minus the process total, in
+    bytes.
+    """
 
     gpu: Gpu
     fits: bool
@@ -26,7 +28,9 @@ class Fit:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One plan's answer. ``paper`` is the published tables' weights + optimizer figure in bytes, with its rule."""
+    """One plan's answer. ``paper`` is the published tables' weights + optimizer figure in bytes,
+    with its rule.
+    """
 
     plan: Plan
     step: Step
@@ -102,14 +106,20 @@ def estimate(plan: Plan) -> Estimate:
         # Each card's own context: a Turing card's is a fifth of an Ampere's.
         assert found.reserved is not None
         fits = [
-            Fit(gpu, found.reserved + gpu.context <= gpu.memory, gpu.memory - found.reserved - gpu.context)
+            Fit(
+                gpu,
+                found.reserved + gpu.context <= gpu.memory,
+                gpu.memory - found.reserved - gpu.context,
+            )
             for gpu in cards
         ]
     return Estimate(plan, step, found, flops(step), _paper(step), tuple(fits), _not_modelled(plan))
 
 
 def _paper(step: Step) -> tuple[int, str] | None:
-    """Published tables count bf16 weights and optimizer states, 2 bytes a number, 8 an index, nothing else."""
+    """Published tables count bf16 weights and optimizer states, 2 bytes a number, 8 an index,
+    nothing else.
+    """
     method = step.plan.halves
     rule = method.facts.convention
     own_update = getattr(method.addressed, "UPDATE", method.update) is method.update
@@ -135,5 +145,7 @@ def _not_modelled(plan: Plan) -> tuple[str, ...]:
         found.append("--rows packed-isolated: the block-diagonal attention mask")
     shape = plan.architecture
     if shape.sliding_window and plan.seq_len > shape.sliding_window and plan.attention != "eager":
-        found.append(f"the sliding-window mask ({shape.sliding_window} of {plan.seq_len} positions)")
+        found.append(
+            f"the sliding-window mask ({shape.sliding_window} of {plan.seq_len} positions)"
+        )
     return tuple(found)

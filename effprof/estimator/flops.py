@@ -1,6 +1,8 @@
-"""FLOPs of one optimizer update: dense-equivalent, executed, and the optimizer's own. A multiply-add counts 2.
+"""FLOPs of one optimizer update: dense-equivalent, executed, and the optimizer's own. A
+multiply-add counts 2.
 
-Products only, except where a column says otherwise; attention counts the full square, as torch's counter does.
+Products only, except where a column says otherwise; attention counts the full square, as torch's
+counter does.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from effprof.step import Step, Unit
 
 @dataclass(frozen=True, slots=True)
 class UpdateFlops:
-    """FLOPs per optimizer update, all micro-steps included; ``forward_per_token`` is of the method's own forward."""
+    """FLOPs per optimizer update, all micro-steps included; ``forward_per_token`` is of the
+    method's own forward.
+    """
 
     forward_per_token: float
     dense_equivalent: int
@@ -80,7 +84,9 @@ def _unit_products(step: Step, unit: Unit, tokens: int) -> tuple[int, int]:
 
 def _dense_backward(step: Step, forward: int, *, trainable: bool) -> int:
     """One product for the input's gradient, one for the weight's where it is trained."""
-    return forward * (2 if trainable and not (step.plan.freeze_rest and step.architecture.tied) else 1)
+    return forward * (
+        2 if trainable and not (step.plan.freeze_rest and step.architecture.tied) else 1
+    )
 
 
 def _optimizer(step: Step) -> tuple[int, float]:
@@ -96,4 +102,3 @@ def _optimizer(step: Step) -> tuple[int, float]:
             update += times * (sum(declared.update.values()) + sum(declared.elementwise.values()))
             periodic += times * sum(declared.periodic.values())
     return update, periodic
-

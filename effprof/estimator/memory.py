@@ -30,7 +30,9 @@ class Memory:
     @property
     def process_total(self) -> int | None:
         """What NVML would report for the process."""
-        return None if self.reserved is None or self.context is None else self.reserved + self.context
+        return (
+            None if self.reserved is None or self.context is None else self.reserved + self.context
+        )
 
 
 def memory(step: Step, gpu: Gpu = DEFAULT) -> Memory:
@@ -52,7 +54,9 @@ def _measure(step: Step, tape: Tape, gpu: Gpu) -> Memory:
 
 
 def synthesize(step: Step, gpu: Gpu = DEFAULT) -> Tape:
-    """The tape of build, a first update, a steady one and, where the method has one, a periodic one."""
+    """The tape of build, a first update, a steady one and, where the method has one, a periodic
+    one.
+    """
     tape = Tape()
     graph = Graph(tape)
     run = _Run(graph, step, gpu.workspace)
@@ -121,7 +125,9 @@ class _Run:
                 leaf.gradient = None
 
     def _micro_step(self, kind: str) -> None:
-        """Forward and backward; what ran before with gradients as they are now is repeated event by event."""
+        """Forward and backward; what ran before with gradients as they are now is repeated event
+        by event.
+        """
         graph, tape = self.graph, self.graph.tape
         tape.mark(kind, "forward")
         present = self.leaves[0].gradient is not None
@@ -170,9 +176,13 @@ class _Run:
         self.graph.module = "optimizer."
 
     def _hosted_update(self) -> None:
-        """torch's AdamW: nothing when fused, one copy of all it moves as foreach, two of one tensor as a loop."""
+        """torch's AdamW: nothing when fused, one copy of all it moves as foreach, two of one
+        tensor as a loop.
+        """
         sizes = [
-            (t.tensor.numel, self.step.itemsize(t.tensor.dtype)) for _, t, _ in self.trained if t.hosted
+            (t.tensor.numel, self.step.itemsize(t.tensor.dtype))
+            for _, t, _ in self.trained
+            if t.hosted
         ]
         if self.plan.optimizer_impl == "foreach":
             held = [self.graph.allocate(*size, "foreach_denominator") for size in sizes]
@@ -188,5 +198,3 @@ class _Run:
             for tensor in trained.transient.get(phase, ())
         ]
         del held
-
-

@@ -1,7 +1,9 @@
-"""The tensor operations a decoder uses, each with what it allocates, saves and allocates again in backward.
+"""The tensor operations a decoder uses, each with what it allocates, saves and allocates again in
+backward.
 
-One function per operation, named as torch names it; backward rules from torch 2.13's derivatives.yaml and
-FunctionsManual.cpp. ``numel`` broadcasting is by the larger operand, which is all these models need.
+One function per operation, named as torch names it; backward rules from torch 2.13's
+derivatives.yaml and FunctionsManual.cpp. ``numel`` broadcasting is by the larger operand, which is
+all these models need.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ def to(graph: Graph, x: Value, itemsize: int, label: str = "to") -> Value:
         return x
     numel, source = x.numel, x.itemsize
 
-    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:
         return (graph.allocate(numel, source, "d_input"),)
 
     return graph.attach(graph.allocate(numel, itemsize, label), label, (x,), (), rule)
@@ -26,7 +28,7 @@ def to(graph: Graph, x: Value, itemsize: int, label: str = "to") -> Value:
 def add(graph: Graph, a: Value, b: Value, label: str = "add") -> Value:
     """a + b: both receive the same gradient, no copy."""
 
-    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:
         return gradient, Value(gradient.storage, gradient.numel, gradient.itemsize)
 
     out = graph.allocate(max(a.numel, b.numel), max(a.itemsize, b.itemsize), label)
@@ -36,7 +38,7 @@ def add(graph: Graph, a: Value, b: Value, label: str = "add") -> Value:
 def add_in_place(graph: Graph, a: Value, b: Value) -> Value:
     """a.add_(b): no allocation forward; ``a`` must not be saved by anyone."""
 
-    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:
         return gradient, Value(gradient.storage, gradient.numel, gradient.itemsize)
 
     return graph.attach(Value(a.storage, a.numel, a.itemsize), "add_", (a, b), (), rule)
@@ -47,7 +49,7 @@ def mul(graph: Graph, a: Value, b: Value, label: str = "mul") -> Value:
     numel, a_needs, b_needs = max(a.numel, b.numel), a.needs_grad, b.needs_grad
     a_size, b_size = a.itemsize, b.itemsize
 
-    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value | None]:  # noqa: ARG001
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value | None]:
         d_a = graph.allocate(numel, max(gradient.itemsize, b_size), "d_self") if a_needs else None
         d_b = graph.allocate(numel, max(gradient.itemsize, a_size), "d_other") if b_needs else None
         return d_a, d_b
@@ -60,7 +62,7 @@ def mul(graph: Graph, a: Value, b: Value, label: str = "mul") -> Value:
 def scale(graph: Graph, x: Value, label: str = "scale") -> Value:
     """x × a number: saves nothing."""
 
-    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:
         return (graph.allocate(gradient.numel, gradient.itemsize, "d_input"),)
 
     return graph.attach(graph.allocate(x.numel, x.itemsize, label), label, (x,), (), rule)
@@ -69,7 +71,7 @@ def scale(graph: Graph, x: Value, label: str = "scale") -> Value:
 def shift(graph: Graph, x: Value, label: str = "add_scalar") -> Value:
     """x + a number: a new tensor forward, the same gradient backward."""
 
-    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:
         return (gradient,)
 
     return graph.attach(graph.allocate(x.numel, x.itemsize, label), label, (x,), (), rule)
@@ -78,18 +80,22 @@ def shift(graph: Graph, x: Value, label: str = "add_scalar") -> Value:
 def pointwise(graph: Graph, x: Value, label: str) -> Value:
     """A function that saves its input and has a fused backward: silu, gelu."""
 
-    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:
         return (graph.allocate(gradient.numel, gradient.itemsize, "d_input"),)
 
     return graph.attach(graph.allocate(x.numel, x.itemsize, label), label, (x,), (x,), rule)
 
 
-def from_result(graph: Graph, x: Value, label: str, itemsize: int = 0, temporaries: int = 0) -> Value:
-    """A function that saves its result: softmax, log_softmax (no temporaries), tanh; rsqrt has two."""
+def from_result(
+    graph: Graph, x: Value, label: str, itemsize: int = 0, temporaries: int = 0
+) -> Value:
+    """A function that saves its result: softmax, log_softmax (no temporaries), tanh; rsqrt has
+    two.
+    """
     size, source = itemsize or x.itemsize, x.itemsize
     numel = x.numel
 
-    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:
         held = [graph.allocate(numel, size, "temporary") for _ in range(temporaries)]
         result = graph.allocate(numel, source, "d_input")
         del held
@@ -116,7 +122,7 @@ def mean(graph: Graph, x: Value, length: int) -> Value:
     """The mean over the last axis of that length."""
     numel = x.numel
 
-    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:
         return (graph.allocate(numel, gradient.itemsize, "d_input"),)
 
     out = graph.allocate(numel // length, x.itemsize, "mean")
@@ -127,7 +133,7 @@ def half(graph: Graph, x: Value) -> Value:
     """A slice of half the last axis: a view whose backward fills a zero tensor of full size."""
     numel = x.numel
 
-    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:
         return (graph.allocate(numel, gradient.itemsize, "d_input"),)
 
     return graph.attach(Value(x.storage, numel // 2, x.itemsize), "slice", (x,), (), rule)
@@ -136,7 +142,7 @@ def half(graph: Graph, x: Value) -> Value:
 def concatenate(graph: Graph, a: Value, b: Value) -> Value:
     """cat of two halves: backward are views of the gradient."""
 
-    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:
         return tuple(Value(gradient.storage, part, gradient.itemsize) for part in sizes)
 
     sizes = (a.numel, b.numel)
@@ -148,7 +154,7 @@ def copy(graph: Graph, x: Value, numel: int, label: str) -> Value:
     """A materialised copy, perhaps repeated; backward sums what was repeated."""
     source = x.numel
 
-    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:
         if source == gradient.numel:
             return (gradient,)
         return (graph.allocate(source, gradient.itemsize, "d_input"),)
@@ -160,7 +166,7 @@ def matmul(graph: Graph, a: Value, b: Value, numel: int, label: str) -> Value:
     """A product with ``numel`` results; each side saved for the other's gradient."""
     a_needs, b_needs, sizes = a.needs_grad, b.needs_grad, (a.numel, b.numel)
 
-    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value | None]:  # noqa: ARG001
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value | None]:
         d_a = graph.allocate(sizes[0], gradient.itemsize, "d_self") if a_needs else None
         d_b = graph.allocate(sizes[1], gradient.itemsize, "d_other") if b_needs else None
         return d_a, d_b
@@ -173,7 +179,7 @@ def embedding(graph: Graph, weight: Value, ids: Value, hidden: int) -> Value:
     """Rows of the embedding; backward is a dense gradient of the whole table."""
     numel, itemsize = weight.numel, weight.itemsize
 
-    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:
         return (graph.allocate(numel, itemsize, "d_weight"),)
 
     out = graph.allocate(ids.numel * hidden, itemsize, "embedding")
@@ -181,13 +187,14 @@ def embedding(graph: Graph, weight: Value, ids: Value, hidden: int) -> Value:
 
 
 def cross_entropy(graph: Graph, logits: Value, targets: Value) -> Value:
-    """log_softmax over fp32 logits, then nll_loss, whose backward fills a tensor of the logits' size."""
+    """log_softmax over fp32 logits, then nll_loss, whose backward fills a tensor of the logits'
+    size.
+    """
     probabilities = from_result(graph, logits, "log_softmax")
     total = graph.allocate(1, 4, "total_weight")
 
-    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:  # noqa: ARG001
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:
         return (graph.allocate(saved[0].numel, saved[0].itemsize, "d_log_softmax"),)
 
     out = graph.allocate(1, 4, "loss", "activations")
     return graph.attach(out, "nll_loss", (probabilities,), (probabilities, targets, total), rule)
-

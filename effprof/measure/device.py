@@ -1,4 +1,6 @@
-"""What a run can read of its device cheaply: memory now and at its peak, total, and the peak FLOP rate."""
+"""What a run can read of its device cheaply: memory now and at its peak, total, and the peak
+FLOP rate.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class DeviceMeter(Protocol):
 
 
 class CpuMeter:
-    """This process's resident set, libraries included: the CPU allocator itself keeps no counters."""
+    """This process's resident set, libraries included: the CPU allocator itself keeps no
+    counters.
+    """
 
     name = "process RSS"
 
@@ -36,7 +40,7 @@ class CpuMeter:
     def total(self) -> int:
         return int(psutil.virtual_memory().total)
 
-    def mfu(self, flops_per_second: float) -> float | None:  # noqa: ARG002 - no CPU has a known peak here
+    def mfu(self, flops_per_second: float) -> float | None:
         return None
 
 
@@ -71,7 +75,9 @@ def meter(device: torch.device) -> DeviceMeter:
 
 
 def recognise(name: str) -> gpus.Gpu | None:
-    """The catalog's card for a driver's device name, such as ``NVIDIA GeForce RTX 4090``; None if it is not there."""
+    """The catalog's card for a driver's device name, such as ``NVIDIA GeForce RTX 4090``; None
+    if it is not there.
+    """
     words = name.lower().replace("-", " ").split()
     best: gpus.Gpu | None = None
     for card in gpus.catalog().values():

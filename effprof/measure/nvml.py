@@ -1,4 +1,6 @@
-"""The single door to NVML: what the driver says of a GPU and of this process. What it cannot say is None."""
+"""The single door to NVML: what the driver says of a GPU and of this process. What it cannot say
+is None.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,10 @@ def _reading(nvml: Any, handle: Any, identity: str, pid: int) -> GpuReading:
     processes = ask("processes", lambda: nvml.nvmlDeviceGetComputeRunningProcesses(handle))
     mine = next((p for p in processes or () if p.pid == pid), None)
     if processes is not None and mine is None:
-        reasons.append(f"process: the driver lists no process {pid} (in a container it shows the host's numbers)")
+        reasons.append(
+            f"process: the driver lists no process {pid} (in a container it shows the host's "
+            f"numbers)"
+        )
     elif mine is not None and mine.usedGpuMemory is None:
         reasons.append("process: the driver gives no memory per process (WSL, or Windows' WDDM)")
     return GpuReading(

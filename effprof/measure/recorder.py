@@ -17,7 +17,8 @@ Names = Mapping[int, tuple[str, str]]  # data pointer -> (role, label)
 class CpuRecorder:
     """Records every allocation between ``start`` and ``stop``.
 
-    ``mark`` says that a phase of an update begins; ``name`` gives the storages alive at that moment their roles.
+    ``mark`` says that a phase of an update begins; ``name`` gives the storages alive at that moment
+    their roles.
     """
 
     def __init__(self) -> None:
@@ -26,11 +27,11 @@ class CpuRecorder:
         self._names: list[tuple[int, Names]] = []
 
     def start(self) -> None:
-        self._profile.__enter__()
+        self._profile.start()
         self.mark("build", "build")
 
     def stop(self) -> None:
-        self._profile.__exit__(None, None, None)
+        self._profile.stop()
 
     def mark(self, update: str, phase: str) -> None:
         """From here on allocations belong to this phase of this kind of update."""
@@ -44,7 +45,9 @@ class CpuRecorder:
         self.mark(*self._marks[-1])
 
     def tape(self) -> Tape:
-        """The record as a tape. What forward leaves alive and nobody named is an activation, the rest workspace."""
+        """The record as a tape. What forward leaves alive and nobody named is an activation, the
+        rest workspace.
+        """
         tape = Tape()
         alive: dict[int, int] = {}
         names = dict(self._names)
@@ -74,7 +77,9 @@ class CpuRecorder:
         return tape
 
     def _events(self) -> Iterator[tuple[int, int, str] | None]:
-        """Allocations and frees as (pointer, ± bytes, operation), None at each mark, in time order."""
+        """Allocations and frees as (pointer, ± bytes, operation), None at each mark, in time
+        order.
+        """
         from torch._C._profiler import _EventType
 
         results: Any = self._profile.profiler

@@ -14,7 +14,9 @@ _PLAIN_LINES = 20
 
 
 class LiveLine:
-    """Shows a run's metrics on standard error. ``steps`` is the whole run, ``start`` where this process began."""
+    """Shows a run's metrics on standard error. ``steps`` is the whole run, ``start`` where this
+    process began.
+    """
 
     def __init__(self, steps: int, start: int, estimated: int) -> None:
         self.steps, self.start, self.estimated = steps, start, estimated
@@ -32,7 +34,10 @@ class LiveLine:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._live is not None:
             self._live.__exit__(kind, error, trace)
@@ -65,7 +70,8 @@ class LiveLine:
         if metrics.get("mfu") is not None:
             parts.append(f"MFU {100 * metrics['mfu']:.1f} %")
         parts.append(
-            f"memory {gib(metrics['memory'])} (peak {gib(metrics['memory_peak'])}, estimated {gib(self.estimated)})"
+            f"memory {gib(metrics['memory'])} (peak {gib(metrics['memory_peak'])}, estimated "
+            f"{gib(self.estimated)})"
         )
         parts.append(f"ETA {duration(left)}")
         return " · ".join(parts)

@@ -32,7 +32,9 @@ _ROLE_HELP = {
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console no wider than 100 columns; without a terminal 100, unless COLUMNS says otherwise."""
+    """A console no wider than 100 columns; without a terminal 100, unless COLUMNS says
+    otherwise.
+    """
     plain = Console(stderr=stderr, highlight=False)
     width = plain.width if plain.is_terminal or "COLUMNS" in os.environ else 100
     return Console(stderr=stderr, highlight=False, width=min(width, 100))
@@ -61,31 +63,49 @@ def show_estimate(result: Estimate) -> None:
         size = peak.by_role[role]
         rows.add_row(role, gib(size), f"{100 * size / peak.size:.0f} %", _ROLE_HELP[role])
     rows.add_section()
-    rows.add_row("allocated", gib(peak.size), "", "max_memory_allocated" if plan.device == "cuda" else "CPU allocator")
+    rows.add_row(
+        "allocated",
+        gib(peak.size),
+        "",
+        "max_memory_allocated" if plan.device == "cuda" else "CPU allocator",
+    )
     if result.memory.reserved is not None and result.memory.context is not None:
         fragmentation = result.memory.reserved - peak.size
-        rows.add_row("reserved", gib(result.memory.reserved), "", f"segments; {gib(fragmentation)} unused in them")
-        rows.add_row("process", gib(result.total), "", f"with {gib(result.memory.context)} of CUDA context: what NVML shows")
+        rows.add_row(
+            "reserved",
+            gib(result.memory.reserved),
+            "",
+            f"segments; {gib(fragmentation)} unused in them",
+        )
+        rows.add_row(
+            "process",
+            gib(result.total),
+            "",
+            f"with {gib(result.memory.context)} of CUDA context: what NVML shows",
+        )
     out.print(rows)
     if result.paper:
         out.print(
-            f"Published tables would say {result.paper[0] / GB:.3f} GB: {result.paper[1]}.", style="dim"
+            f"Published tables would say {result.paper[0] / GB:.3f} GB: {result.paper[1]}.",
+            style="dim",
         )
     _show_flops(out, result)
     _show_fits(out, result)
     for note in result.not_modelled:
         out.print(f"Not modelled: {note}.", style="yellow")
     _show_share(out, result)
-    out.print(f"Next: effprof probe --model {plan.model} --method {plan.method} holds this against a real run.")
+    out.print(
+        f"Next: effprof probe --model {plan.model} --method {plan.method} holds this against a "
+        f"real run."
+    )
 
 
 def _headline(result: Estimate) -> str:
     plan, step = result.plan, result.step
     held, dense = step.count(), step.architecture.parameters
     size = f"{quantity(held)} parameters" + (f" (dense {quantity(dense)})" if held != dense else "")
-    method = plan.method if plan.update == getattr(plan.halves.update, "__name__", "").rpartition(".")[2] else plan.method
     rank = f", rank {plan.rank}" if plan.rank else ""
-    return f"{plan.model} · {method}{rank} · {size}"
+    return f"{plan.model} · {plan.method}{rank} · {size}"
 
 
 def _describe(result: Estimate) -> str:
@@ -114,7 +134,9 @@ def _show_flops(out: Console, result: Estimate) -> None:
         per_update = plan.global_batch * plan.seq_len
         updates = -(-plan.tokens // per_update)
         total = updates * (flops.executed + flops.update + flops.periodic)
-        out.print(f"Run of {quantity(plan.tokens)} tokens: {updates:,} updates, {quantity(total, 'FLOP')}")
+        out.print(
+            f"Run of {quantity(plan.tokens)} tokens: {updates:,} updates, {quantity(total, 'FLOP')}"
+        )
 
 
 def _show_fits(out: Console, result: Estimate) -> None:
@@ -122,8 +144,14 @@ def _show_fits(out: Console, result: Estimate) -> None:
         return
     if result.plan.gpu:
         fit = result.fits[0]
-        verdict = f"fits with {gib(fit.headroom)} to spare" if fit.fits else f"does not fit by {gib(-fit.headroom)}"
-        out.print(Text(f"{fit.gpu.title}: {verdict}", style="bold green" if fit.fits else "bold red"))
+        verdict = (
+            f"fits with {gib(fit.headroom)} to spare"
+            if fit.fits
+            else f"does not fit by {gib(-fit.headroom)}"
+        )
+        out.print(
+            Text(f"{fit.gpu.title}: {verdict}", style="bold green" if fit.fits else "bold red")
+        )
         return
     holds = [f"{fit.gpu.title} (+{gib(fit.headroom, 1)})" for fit in result.fits if fit.fits]
     out.print("Fits on: " + (", ".join(holds) if holds else "none of the common cards"))
@@ -152,11 +180,13 @@ def show_training(summary: Mapping[str, Any]) -> None:
             f"{result['tokens']:,} tokens"
         )
         out.print(
-            f"The benchmark's code would report {result['lineage_loss']:.4f}: a mean of batch means × K/(K+1)",
+            f"The benchmark's code would report {result['lineage_loss']:.4f}: a mean of batch "
+            f"means × K/(K+1)",
             style="dim",
         )
     out.print(
-        f"Memory: {gib(memory['measured_peak'])} at peak ({memory['meter']}), {gib(memory['estimated'])} estimated"
+        f"Memory: {gib(memory['measured_peak'])} at peak ({memory['meter']}), "
+        f"{gib(memory['estimated'])} estimated"
     )
     out.print(f"Results: {summary['out']}")
     for name, what in (
@@ -172,9 +202,13 @@ def show_training(summary: Mapping[str, Any]) -> None:
 def show_probe(result: Comparison) -> None:
     """Measured against estimated, bucket by bucket, with the error."""
     out, plan, measured = console(), result.plan, result.measured
-    out.print(Text(f"{plan.model} · {plan.method} · {plan.device}: probe {result.outcome}", style="bold"))
+    out.print(
+        Text(f"{plan.model} · {plan.method} · {plan.device}: probe {result.outcome}", style="bold")
+    )
     if result.outcome != "ok":
-        out.print(f"It reached {measured.get('reached', 'nothing')}: {result.detail}", style="bold red")
+        out.print(
+            f"It reached {measured.get('reached', 'nothing')}: {result.detail}", style="bold red"
+        )
         out.print(f"The estimate for this plan is {gib(result.estimate.total)}.")
     memory = measured.get("memory")
     if memory:
@@ -195,11 +229,15 @@ def show_probe(result: Comparison) -> None:
     if times:
         positions = plan.global_batch * plan.seq_len
         out.print(
-            f"Update: {duration(times['median'])} ± {100 * times['spread']:.0f} % (n = {times['n']}), "
+            f"Update: {duration(times['median'])} ± {100 * times['spread']:.0f} % (n = "
+            f"{times['n']}), "
             f"{quantity(positions / times['median'])} tokens/s"
         )
     if measured.get("rss_peak"):
-        out.print(f"Process memory at its peak, libraries and recorder included: {gib(measured['rss_peak'])}")
+        out.print(
+            f"Process memory at its peak, libraries and recorder included: "
+            f"{gib(measured['rss_peak'])}"
+        )
     out.print(f"Next: effprof train --model {plan.model} --method {plan.method} --steps 100")
 
 
@@ -225,7 +263,10 @@ def show_method(method: Method) -> None:
     """Facts, settings with their defaults by size, and every deviation from paper and release."""
     out, facts = console(), method.facts
     out.print(Text(f"{method.name}: {facts.title}", style="bold"))
-    out.print(f"{facts.summary}\nPaper: {facts.paper} ({facts.equations})\nReference code: {facts.reference}")
+    out.print(
+        f"{facts.summary}\nPaper: {facts.paper} ({facts.equations})\nReference code: "
+        f"{facts.reference}"
+    )
     sizes = list(facts.defaults)
     rows = table("setting", "default", *sizes)
     for key, field in registry.setting_fields(method.addressed).items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -16,14 +15,16 @@ from effprof.step import Step, Trained, Unit, work_out
 from effprof.trainer.layer import DTYPES, MethodLinear
 from effprof.trainer.optimizer import MethodOptimizer
 
-# SDPA's backend is chosen around the forward; transformers is always told which of its two code paths to take.
+# SDPA's backend is chosen around the forward; transformers is always told which of its two code
+# paths to take.
 _ATTENTION = {"sdpa": "sdpa", "math": "sdpa", "eager": "eager"}
 
 
 def build(
     plan: Plan, device: str | None = None, *, lr: float = 1e-3, seed: int = 0
 ) -> tuple[nn.Module, MethodOptimizer]:
-    """The model and the optimizer of a plan, on ``device`` (the plan's by default), freshly initialised.
+    """The model and the optimizer of a plan, on ``device`` (the plan's by default), freshly
+    initialised.
 
     Raises NoDeviceError where a GPU is asked for and there is none.
     """
@@ -41,7 +42,9 @@ def resolve_device(name: str) -> torch.device:
 
 
 def build_model(step: Step, device: torch.device, *, seed: int) -> nn.Module:
-    """The model on meta, its targeted layers swapped, then allocated once on ``device`` and initialised."""
+    """The model on meta, its targeted layers swapped, then allocated once on ``device`` and
+    initialised.
+    """
     model = skeleton(step)
     for name, unit in step.placed:
         if unit.layer_half:
@@ -56,11 +59,19 @@ def build_model(step: Step, device: torch.device, *, seed: int) -> nn.Module:
     return model.train()
 
 
+def quiet_transformers() -> None:
+    """Its advice and progress bars are about other uses than ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def skeleton(step: Step) -> nn.Module:
     """The plain transformers model of a step, on meta."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    quiet_transformers()
     values = {k: v for k, v in step.architecture.config.items() if k != "model_type"}
     values |= {"use_cache": False, "dtype": None, "torch_dtype": None}
     with warnings.catch_warnings():
@@ -68,7 +79,10 @@ def skeleton(step: Step) -> nn.Module:
         config = AutoConfig.for_model(
             step.architecture.model_type, **{k: v for k, v in values.items() if v is not None}
         )
-        if isinstance(config.pad_token_id, int) and not 0 <= config.pad_token_id < config.vocab_size:
+        if (
+            isinstance(config.pad_token_id, int)
+            and not 0 <= config.pad_token_id < config.vocab_size
+        ):
             config.pad_token_id = None  # phi3's default lies outside small vocabularies
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(
@@ -90,7 +104,9 @@ def _swap(model: nn.Module, weight: str, unit: Unit, step: Step) -> None:
 
 @torch.no_grad()
 def _initialise(model: Any, seed: int) -> None:
-    """transformers' own initialisation for its modules, the method's for its layers, each from the seed."""
+    """transformers' own initialisation for its modules, the method's for its layers, each from
+    the seed.
+    """
     torch.manual_seed(seed)
     index = 0
     for module in model.modules():

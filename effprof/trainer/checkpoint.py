@@ -22,11 +22,13 @@ PREFIX = "checkpoint-"
 _FILES = ("model.safetensors", "optimizer.safetensors")
 
 
-def save(run: Path, model: nn.Module, optimizer: MethodOptimizer, state: Mapping[str, Any], keep: int) -> Path:
+def save(
+    run: Path, model: nn.Module, optimizer: MethodOptimizer, state: Mapping[str, Any], keep: int
+) -> Path:
     """Write checkpoint ``state["step"]`` of a run and delete all but the ``keep`` newest.
 
-    The folder is written under a temporary name, flushed and renamed. Raises EffprofError when it cannot be written;
-    older checkpoints stay.
+    The folder is written under a temporary name, flushed and renamed. Raises EffprofError when it
+    cannot be written; older checkpoints stay.
     """
     final = run / f"{PREFIX}{state['step']:08d}"
     temporary = run / f".{final.name}.{os.getpid()}"
@@ -57,7 +59,8 @@ def save(run: Path, model: nn.Module, optimizer: MethodOptimizer, state: Mapping
 def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that is whole, with its state; damaged ones are passed over.
 
-    Returns None where there is no checkpoint. Raises EffprofError where there are some but none is good.
+    Returns None where there is no checkpoint. Raises EffprofError where there are some but none is
+    good.
     """
     found = _found(run)
     for path in found:
@@ -66,13 +69,18 @@ def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
             return path, state
     if found:
         raise EffprofError(
-            f"Every checkpoint in {str(run)!r} is damaged.", "Start again with another --out folder."
+            f"Every checkpoint in {str(run)!r} is damaged.",
+            "Start again with another --out folder.",
         )
     return None
 
 
-def restore(path: Path, state: Mapping[str, Any], model: nn.Module, optimizer: MethodOptimizer | None) -> None:
-    """Load a checkpoint into a model and its optimizer, exactly as they were. Raises EffprofError."""
+def restore(
+    path: Path, state: Mapping[str, Any], model: nn.Module, optimizer: MethodOptimizer | None
+) -> None:
+    """Load a checkpoint into a model and its optimizer, exactly as they were. Raises
+    EffprofError.
+    """
     load_native(path, model)
     if optimizer is None:
         return
@@ -88,7 +96,9 @@ def restore(path: Path, state: Mapping[str, Any], model: nn.Module, optimizer: M
 
 @torch.no_grad()
 def load_native(path: Path, model: nn.Module) -> None:
-    """A model's tensors in the method's own form. Raises EffprofError where they do not fit the model."""
+    """A model's tensors in the method's own form. Raises EffprofError where they do not fit the
+    model.
+    """
     loaded, own = load_file(path / _FILES[0]), native_tensors(model)
     if loaded.keys() != own.keys() or any(loaded[k].shape != own[k].shape for k in own):
         raise EffprofError(
@@ -112,7 +122,9 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's state_dict as tensors by ``index.name`` and the rest, which JSON holds."""
     tensors = {
-        f"{index}.{name}": tensor for index, one in state["state"].items() for name, tensor in one.items()
+        f"{index}.{name}": tensor
+        for index, one in state["state"].items()
+        for name, tensor in one.items()
     }
     return tensors, {key: value for key, value in state.items() if key != "state"}
 

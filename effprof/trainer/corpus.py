@@ -1,4 +1,6 @@
-"""Documents to train on: files, a dataset by name, or Python's own standard library, split once by hash."""
+"""Documents to train on: files, a dataset by name, or Python's own standard library, split once
+by hash.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ class FileCorpus:
         return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
 
     def documents(self, split: str) -> Iterator[str]:
-        """The documents of ``train`` or ``validation``. Raises EffprofError for a file that cannot be read."""
+        """The documents of ``train`` or ``validation``. Raises EffprofError for a file that
+        cannot be read.
+        """
         for text in self._all():
             if is_validation(text) == (split == "validation"):
                 yield text
@@ -45,7 +49,8 @@ class FileCorpus:
                 if isinstance(problem, EffprofError):
                     raise
                 raise EffprofError(
-                    f"Cannot read {str(path)!r}: {problem}.", "Repair the file or leave it out of --data."
+                    f"Cannot read {str(path)!r}: {problem}.",
+                    "Repair the file or leave it out of --data.",
                 ) from None
 
 
@@ -70,7 +75,8 @@ class DatasetCorpus:
 
 
 def corpus(data: str | None) -> FileCorpus | DatasetCorpus:
-    """The corpus of ``--data``: a file, a folder, a glob, a dataset's name, or by default the standard library.
+    """The corpus of ``--data``: a file, a folder, a glob, a dataset's name, or by default the
+    standard library.
 
     Raises UsageError where nothing matches.
     """
@@ -89,15 +95,20 @@ def corpus(data: str | None) -> FileCorpus | DatasetCorpus:
         return FileCorpus(files, data)
     if path.exists() or any(c in data for c in "*?[") or data.startswith((".", "/", "~")):
         raise UsageError(
-            f"--data {data!r} holds no readable file.", f"Give {', '.join(SUFFIXES)} files or a folder of them."
+            f"--data {data!r} holds no readable file.",
+            f"Give {', '.join(SUFFIXES)} files or a folder of them.",
         )
     if data.count("/") != 1 or data.endswith(SUFFIXES):
-        raise UsageError(f"--data {data!r} does not exist.", "Give a file, a folder, or owner/dataset.")
+        raise UsageError(
+            f"--data {data!r} does not exist.", "Give a file, a folder, or owner/dataset."
+        )
     return DatasetCorpus(data)
 
 
 def standard_library() -> FileCorpus:
-    """The sources of the Python that runs this, one document per file: real text that every machine has."""
+    """The sources of the Python that runs this, one document per file: real text that every
+    machine has.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(
         path for path in root.rglob("*.py") if not _SKIPPED & set(path.relative_to(root).parts)

@@ -1,4 +1,6 @@
-"""Rows of tokens in a seeded order whose position is a pair of numbers, or a stream with its own state."""
+"""Rows of tokens in a seeded order whose position is a pair of numbers, or a stream with its own
+state.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ _DOCUMENTS_PER_CALL = 256
 
 @dataclass(slots=True)
 class Batch:
-    """One micro-batch: ids and labels of rows × seq_len; ``targets`` positions have a next token to predict."""
+    """One micro-batch: ids and labels of rows × seq_len; ``targets`` positions have a next token
+    to predict.
+    """
 
     ids: Tensor
     labels: Tensor
@@ -35,11 +39,19 @@ class Batch:
 class Rows:
     """Tokenised rows of one split, indexable; ``ids`` is rows × seq_len of int32."""
 
-    def __init__(self, ids: np.ndarray[Any, Any], plan: Plan, end: int, lengths: Any = None) -> None:
+    def __init__(
+        self, ids: np.ndarray[Any, Any], plan: Plan, end: int, lengths: Any = None
+    ) -> None:
         self.ids, self.plan, self.end, self.lengths = ids, plan, end, lengths
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def evaluation(self, batches: int | None, device: torch.device) -> Iterator[Batch]:
+        """The rows in their own order, the last micro-batch perhaps smaller."""
+        size = self.plan.micro_batch
+        for start in range(0, len(self), size)[:batches]:
+            yield self.batch(np.arange(start, min(start + size, len(self))), device)
 
     def batch(self, indices: Any, device: torch.device) -> Batch:
         """The rows of these indices as a micro-batch on ``device``."""
@@ -56,7 +68,9 @@ def make_batch(
     labels, real = tokens, ids.size
     if lengths is not None:
         places = np.arange(ids.shape[1])[None, :]
-        labels = torch.tensor(np.where(places < lengths[:, None], ids, IGNORED).astype(np.int64), device=device)
+        labels = torch.tensor(
+            np.where(places < lengths[:, None], ids, IGNORED).astype(np.int64), device=device
+        )
         real = int(lengths.sum())
     if plan.rows == "packed-isolated":
         positions = torch.tensor(_document_positions(ids, end), device=device)
@@ -75,11 +89,15 @@ def _document_positions(ids: np.ndarray[Any, Any], end: int) -> np.ndarray[Any, 
 
 
 def rows(corpus: FileCorpus, tokenizer: Any, plan: Plan, split: str) -> Rows:
-    """A split's rows, tokenised once and cached. Raises EffprofError where the data is too small."""
+    """A split's rows, tokenised once and cached. Raises EffprofError where the data is too
+    small.
+    """
     end = tokenizer.eos_token_id
     padded = plan.rows == "padded"
     vocabulary = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
-    key = f"{corpus.fingerprint()}-{vocabulary}-{split}" + (f"-padded{plan.seq_len}" if padded else "")
+    key = f"{corpus.fingerprint()}-{vocabulary}-{split}" + (
+        f"-padded{plan.seq_len}" if padded else ""
+    )
     cached = home() / "tokens" / f"{key}.npy"
     if not cached.exists():
         documents = _tokenised(corpus.documents(split), tokenizer, end)
@@ -90,7 +108,8 @@ def rows(corpus: FileCorpus, tokenizer: Any, plan: Plan, split: str) -> Rows:
     count = len(flat) // width
     if count < 1:
         raise EffprofError(
-            f"The {split} split of {corpus.name!r} has {len(flat)} tokens, less than one row of {plan.seq_len}.",
+            f"The {split} split of {corpus.name!r} has {len(flat)} tokens, less than one row of "
+            f"{plan.seq_len}.",
             "Give more text with --data or a smaller --seq-len.",
         )
     table = flat[: count * width].reshape(count, width)
@@ -117,12 +136,19 @@ def _pack(documents: Iterable[list[int]]) -> np.ndarray[Any, Any]:
 
 
 def _pad(documents: Iterable[list[int]], length: int, end: int) -> np.ndarray[Any, Any]:
-    """One row per document, truncated with its end kept, padded, its length in front: the benchmark's rows."""
+    """One row per document, truncated with its end kept, padded, its length in front: the
+    benchmark's rows.
+    """
     parts = []
     for ids in documents:
-        kept = ids[: length - 1] + [end] if len(ids) > length else ids
+        kept = _truncated(ids, length)
         parts.append(np.asarray([len(kept), *kept, *[end] * (length - len(kept))], dtype=np.int32))
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+
+
+def _truncated(ids: list[int], length: int) -> list[int]:
+    """A document of at most ``length`` tokens that still ends in its end-of-text token."""
+    return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
 
 
 def _save(path: Path, flat: np.ndarray[Any, Any]) -> None:
@@ -134,12 +160,15 @@ def _save(path: Path, flat: np.ndarray[Any, Any]) -> None:
 
 
 class Batches:
-    """Micro-batches without end: each epoch is a permutation of the rows, seeded by seed and epoch."""
+    """Micro-batches without end: each epoch is a permutation of the rows, seeded by seed and
+    epoch.
+    """
 
     def __init__(self, rows: Rows, plan: Plan, seed: int, device: torch.device) -> None:
         if len(rows) < plan.micro_batch:
             raise EffprofError(
-                f"The data has {len(rows)} rows of {plan.seq_len}, less than one micro-batch of {plan.micro_batch}.",
+                f"The data has {len(rows)} rows of {plan.seq_len}, less than one micro-batch of "
+                f"{plan.micro_batch}.",
                 "Give more text with --data, or a smaller --micro-batch or --seq-len.",
             )
         self.rows, self.plan, self.seed, self.device = rows, plan, seed, device
@@ -167,7 +196,9 @@ class Batches:
 
 
 class StreamBatches:
-    """Micro-batches of a streamed dataset; its state is the dataset's own and the tokens not yet used."""
+    """Micro-batches of a streamed dataset; its state is the dataset's own and the tokens not yet
+    used.
+    """
 
     def __init__(
         self, corpus: DatasetCorpus, tokenizer: Any, plan: Plan, split: str, device: torch.device
@@ -190,7 +221,7 @@ class StreamBatches:
         length = self.plan.seq_len
         if self.plan.rows == "padded":
             ids = self._document()
-            kept = ids[: length - 1] + [self.end] if len(ids) > length else ids
+            kept = _truncated(ids, length)
             return kept + [self.end] * (length - len(kept)), len(kept)
         while len(self.left) < length:
             self.left += self._document()
@@ -210,7 +241,16 @@ class StreamBatches:
         return [*ids, self.end]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"dataset": self.dataset.state_dict(), "left": self.left, "documents": self.documents}
+        return {
+            "dataset": self.dataset.state_dict(),
+            "left": self.left,
+            "documents": self.documents,
+        }
+
+    def evaluation(self, batches: int) -> Iterator[Batch]:
+        """The first micro-batches of the stream, the same at every call."""
+        self._rows, self.left, self.documents = iter(self.dataset), [], 0
+        return (self.next() for _ in range(batches))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.dataset.load_state_dict(state["dataset"])

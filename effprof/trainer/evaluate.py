@@ -1,7 +1,10 @@
-"""Validation loss: the mean over tokens, and beside it the figure the published tables' code would print."""
+"""Validation loss: the mean over tokens, and beside it the figure the published tables' code
+would print.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +12,7 @@ from torch import nn
 
 from effprof.errors import EffprofError
 from effprof.plan import Plan
-from effprof.trainer.data import Rows, StreamBatches
+from effprof.trainer.data import Batch
 from effprof.trainer.step import forward_loss
 
 
@@ -17,8 +20,8 @@ from effprof.trainer.step import forward_loss
 class Validation:
     """``loss`` is the mean over ``tokens`` targets, in nats.
 
-    ``lineage_loss`` is what the benchmark's released code reports: the mean of per-batch means times K / (K + 1) for K
-    batches, because it counts one batch too many.
+    ``lineage_loss`` is what the benchmark's released code reports: the mean of per-batch means
+    times K / (K + 1) for K batches, because it counts one batch too many.
     """
 
     loss: float
@@ -33,16 +36,18 @@ class Validation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, rows: Rows | StreamBatches, plan: Plan, device: torch.device, max_batches: int | None = None
+    model: nn.Module,
+    batches: Iterable[Batch],
+    plan: Plan,
 ) -> Validation:
-    """Loss over a validation split in its own order; the model is back in training mode afterwards.
+    """Loss over validation batches; the model is back in training mode afterwards.
 
     Raises EffprofError where the split has no target.
     """
     model.eval()
     total, tokens, means = 0.0, 0, []
     try:
-        for batch in _batches(rows, plan, device, max_batches):
+        for batch in batches:
             if batch.targets:
                 loss = forward_loss(model, batch, plan).double().item()
                 total += loss * batch.targets
@@ -51,18 +56,8 @@ def evaluate(
     finally:
         model.train()
     if not tokens:
-        raise EffprofError("The validation split has nothing to predict.", "Give more text with --data.")
+        raise EffprofError(
+            "The validation split has nothing to predict.", "Give more text with --data."
+        )
     count = len(means)
     return Validation(total / tokens, sum(means) / (count + 1), tokens, count)
-
-
-def _batches(rows, plan, device, max_batches):  # type: ignore[no-untyped-def]
-    import numpy as np
-
-    if isinstance(rows, StreamBatches):
-        for _ in range(max_batches or 1):
-            yield rows.next()
-        return
-    starts = range(0, len(rows), plan.micro_batch)
-    for start in starts[:max_batches]:
-        yield rows.batch(np.arange(start, min(start + plan.micro_batch, len(rows))), device)

@@ -1,8 +1,9 @@
-"""A trained model for others: a Hugging Face folder with dense matrices, and the native form for effprof."""
+"""A trained model for others: a Hugging Face folder with dense matrices, and the native form for
+effprof.
+"""
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import tomllib
@@ -10,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from effprof.errors import EffprofError
 from effprof.plan import Plan, from_dict
 from effprof.step import work_out
 from effprof.trainer import checkpoint
-from effprof.trainer.build import build_model, skeleton
+from effprof.trainer.build import build_model, quiet_transformers, skeleton
 from effprof.trainer.files import cannot_write
 from effprof.trainer.layer import MethodLinear
 
@@ -25,9 +26,10 @@ from effprof.trainer.layer import MethodLinear
 def export(model: nn.Module, tokenizer: Any, plan: Plan, folder: Path) -> Path:
     """Write ``config.json``, safetensors and the tokenizer so that AutoModelForCausalLM opens them.
 
-    Factorised layers are written dense. Raises EffprofError where a method has no dense form or the disk refuses.
+    Factorised layers are written dense. Raises EffprofError where a method has no dense form or the
+    disk refuses.
     """
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    quiet_transformers()
     dense = _dense_model(model, plan)
     if tokenizer is not None:
         dense.config.eos_token_id = tokenizer.eos_token_id
@@ -54,7 +56,7 @@ def _dense_model(model: nn.Module, plan: Plan) -> Any:
     dense.tie_weights()
     for module in dense.modules():  # buffers that no checkpoint holds
         dense._init_weights(module)
-    own = dict(model.named_parameters())
+    own: dict[str, Tensor] = dict(model.named_parameters())
     for path, module in model.named_modules():
         if isinstance(module, MethodLinear):
             weight = module.dense()
@@ -70,7 +72,8 @@ def _dense_model(model: nn.Module, plan: Plan) -> Any:
 
 
 def load(folder: str | Path, device: str = "cpu") -> nn.Module:
-    """The model of a run folder in the method's own form, from its newest good checkpoint, in evaluation mode.
+    """The model of a run folder in the method's own form, from its newest good checkpoint, in
+    evaluation mode.
 
     Raises EffprofError where the folder is no run or holds no checkpoint.
     """
@@ -78,10 +81,14 @@ def load(folder: str | Path, device: str = "cpu") -> nn.Module:
     try:
         table = tomllib.loads((run / "run.toml").read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError):
-        raise EffprofError(f"{str(run)!r} is not a run folder.", "Give the --out folder of a run.") from None
+        raise EffprofError(
+            f"{str(run)!r} is not a run folder.", "Give the --out folder of a run."
+        ) from None
     found = checkpoint.newest(run)
     if found is None:
-        raise EffprofError(f"{str(run)!r} holds no checkpoint.", "Train for longer, or use --save-every.")
+        raise EffprofError(
+            f"{str(run)!r} holds no checkpoint.", "Train for longer, or use --save-every."
+        )
     model = build_model(work_out(from_dict(table["plan"])), torch.device(device), seed=0)
     checkpoint.load_native(found[0], model)
     return model.eval()

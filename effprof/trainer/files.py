@@ -55,7 +55,9 @@ def digest(path: Path) -> str:
 
 
 def to_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    """Plain tables of strings, numbers, booleans, lists and one level of sub-tables as TOML; None is left out."""
+    """Plain tables of strings, numbers, booleans, lists and one level of sub-tables as TOML;
+    None is left out.
+    """
     lines: list[str] = []
     for name, table in tables.items():
         nested = {key: value for key, value in table.items() if isinstance(value, Mapping)}

@@ -22,7 +22,8 @@ DTYPES = {
 
 
 class MethodLinear(nn.Module):
-    """A linear layer whose weight is the tensors a method declares; x is … × columns, the result … × rows.
+    """A linear layer whose weight is the tensors a method declares; x is … × columns, the result …
+    × rows.
 
     Trainable tensors are parameters and index tensors buffers, by the names the method gives them.
     """
@@ -47,7 +48,9 @@ class MethodLinear(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int, dense: Tensor | None = None) -> None:
-        """Fill every tensor as the method starts it, or from a dense matrix; the same on any device."""
+        """Fill every tensor as the method starts it, or from a dense matrix; the same on any
+        device.
+        """
         for name, value in self.layer_half.init(self.matrix, self.settings, seed, dense).items():
             getattr(self, name).copy_(value)
 
@@ -56,7 +59,9 @@ class MethodLinear(nn.Module):
 
     @torch.no_grad()
     def dense(self) -> Tensor | None:
-        """The matrix this layer multiplies by, rows × columns in fp32, or None where there is none."""
+        """The matrix this layer multiplies by, rows × columns in fp32, or None where there is
+        none.
+        """
         return self.layer_half.dense(self.tensors(), self.settings)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,7 +75,7 @@ class MethodLinear(nn.Module):
             }
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, self.in_features)
-            out = cast(Tensor, _MethodFunction.apply(self, flat, *tensors.values()))  # type: ignore[no-untyped-call]
+            out = cast("Tensor", _MethodFunction.apply(self, flat, *tensors.values()))  # type: ignore[no-untyped-call]
             if self.bias is not None:
                 out = out.add_(self.bias.to(out.dtype))
         return out.view(*x.shape[:-1], self.out_features)
@@ -80,7 +85,9 @@ class MethodLinear(nn.Module):
 
 
 class _MethodFunction(torch.autograd.Function):
-    """Calls a layer half's own forward and backward; what it saves goes through autograd's own storage."""
+    """Calls a layer half's own forward and backward; what it saves goes through autograd's own
+    storage.
+    """
 
     @staticmethod
     def forward(ctx: Any, layer: MethodLinear, x: Tensor, *tensors: Tensor) -> Tensor:

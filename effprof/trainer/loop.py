@@ -59,12 +59,14 @@ class Interrupt:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self.code = _SIGNALS[signal.Signals(number)]
 
 
 def train(run: Run, *, resume: bool = False, force: bool = False) -> Outcome:
-    """Train a run to its end or to a signal. Raises EffprofError; nothing already written is lost."""
+    """Train a run to its end or to a signal. Raises EffprofError; nothing already written is
+    lost.
+    """
     device = resolve_device(run.plan.device)
     found = open_folder(run, resume=resume)
     expected = estimate(run.plan)
@@ -84,7 +86,9 @@ def train(run: Run, *, resume: bool = False, force: bool = False) -> Outcome:
 class Session:
     """One process's part of a run."""
 
-    def __init__(self, run: Run, device: torch.device, expected: Estimate, machine: DeviceMeter) -> None:
+    def __init__(
+        self, run: Run, device: torch.device, expected: Estimate, machine: DeviceMeter
+    ) -> None:
         self.run, self.plan, self.device = run, run.plan, device
         self.expected, self.machine = expected, machine
         texts = corpus(run.data)
@@ -108,10 +112,16 @@ class Session:
         run.write()
 
     def restore(self, path: Path, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint: weights, optimizer, random state, place in the data; later metrics are cut."""
+        """Go on from a checkpoint: weights, optimizer, random state, place in the data; later
+        metrics are cut.
+        """
         checkpoint.restore(path, state, self.model, self.optimizer)
         self.batches.load_state_dict(state["data"])
-        self.step, self.tokens, self.real_tokens = state["step"], state["tokens"], state["real_tokens"]
+        self.step, self.tokens, self.real_tokens = (
+            state["step"],
+            state["tokens"],
+            state["real_tokens"],
+        )
         self.resumed_at = self.step
         metrics = self.run.out / "metrics.jsonl"
         if metrics.exists():
@@ -130,7 +140,7 @@ class Session:
             while self.step < run.steps and not interrupt.code:
                 metrics = self._update()
                 if run.eval_every and self.step % run.eval_every == 0 and self.step < run.steps:
-                    result = evaluate(self.model, self.validation, self.plan, self.device, EVAL_BATCHES)
+                    result = self._validate(EVAL_BATCHES)
                     metrics |= {"validation_loss": result.loss}
                     live.note(f"step {self.step}: validation loss {result.loss:.4f}")
                 _append(log, metrics, run.out)
@@ -139,10 +149,12 @@ class Session:
                     self._save()
             path = self._save()
             if interrupt.code:
-                live.note(f"Interrupted at step {self.step}; checkpoint {path}. Go on with --resume.")
+                live.note(
+                    f"Interrupted at step {self.step}; checkpoint {path}. Go on with --resume."
+                )
                 return Outcome(interrupt.code, self._summary(None, time.monotonic() - start))
             live.note("Validating and writing the model …")
-            result = evaluate(self.model, self.validation, self.plan, self.device, self._eval_batches())
+            result = self._validate(None)
         summary = self._summary(result, time.monotonic() - start)
         export(self.model, self.tokenizer, self.plan, run.out / "model")
         write_whole(run.out / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -151,11 +163,15 @@ class Session:
     def _update(self) -> dict[str, Any]:
         """One optimizer update on the next micro-batches, and its metrics."""
         began = time.perf_counter()
-        lr = self.run.lr * schedule.factor(self.run.schedule, self.step, self.run.warmup, self.run.steps)
+        lr = self.run.lr * schedule.factor(
+            self.run.schedule, self.step, self.run.warmup, self.run.steps
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         batches = [self.batches.next() for _ in range(self.plan.grad_accum)]
-        loss = float(training_step(self.stepped, self.optimizer, batches, self.plan, clip=self.run.clip))
+        loss = float(
+            training_step(self.stepped, self.optimizer, batches, self.plan, clip=self.run.clip)
+        )
         if not math.isfinite(loss):
             raise EffprofError(
                 f"The loss is {loss} at step {self.step + 1}.",
@@ -180,8 +196,13 @@ class Session:
             "mfu": self.machine.mfu(self.expected.flops.dense_equivalent / seconds),
         }
 
-    def _eval_batches(self) -> int | None:
-        return EVAL_BATCHES if isinstance(self.validation, StreamBatches) else None
+    def _validate(self, batches: int | None) -> Validation:
+        """Over ``batches`` micro-batches, or all of the split; a stream has no all."""
+        if isinstance(self.validation, StreamBatches):
+            return evaluate(
+                self.model, self.validation.evaluation(batches or EVAL_BATCHES), self.plan
+            )
+        return evaluate(self.model, self.validation.evaluation(batches, self.device), self.plan)
 
     def _save(self) -> Path:
         state = {

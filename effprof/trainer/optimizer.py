@@ -15,18 +15,29 @@ from effprof.registry import Tensor as Declared
 from effprof.step import Step, Trained
 from effprof.trainer.layer import DTYPES
 
-_IMPLEMENTATION = {"fused": {"fused": True}, "foreach": {"foreach": True}, "loop": {"foreach": False}}
+_IMPLEMENTATION = {
+    "fused": {"fused": True},
+    "foreach": {"foreach": True},
+    "loop": {"foreach": False},
+}
 
 
 class MethodOptimizer(torch.optim.Optimizer):
-    """Updates each tensor as the plan says: torch's own optimizer where a half names one, the method's function else.
+    """Updates each tensor as the plan says: torch's own optimizer where a half names one, the
+    method's function else.
 
-    ``param_groups`` has one group for what torch updates and one for what the method does; learning-rate schedulers
-    set ``lr`` in each. ``clock`` counts updates and is part of ``state_dict()``.
+    ``param_groups`` has one group for what torch updates and one for what the method does;
+    learning-rate schedulers set ``lr`` in each. ``clock`` counts updates and is part of
+    ``state_dict()``.
     """
 
     def __init__(
-        self, step: Step, parameters: Iterable[tuple[nn.Parameter, Trained]], lr: float, *, seed: int = 0
+        self,
+        step: Step,
+        parameters: Iterable[tuple[nn.Parameter, Trained]],
+        lr: float,
+        *,
+        seed: int = 0,
     ) -> None:
         self.clock = Clock(seed=seed, lr=lr)
         self._step, self._method = step, step.plan.halves
@@ -50,7 +61,10 @@ class MethodOptimizer(torch.optim.Optimizer):
         settings = plan.optimizer_settings if self._method.hosted else plan.rest_settings
         kind: Callable[..., torch.optim.Optimizer] = getattr(torch.optim, half.TORCH_OPTIMIZER)
         inner = kind(
-            group["params"], lr=lr, **half.torch_settings(settings), **_IMPLEMENTATION[plan.optimizer_impl]
+            group["params"],
+            lr=lr,
+            **half.torch_settings(settings),
+            **_IMPLEMENTATION[plan.optimizer_impl],
         )
         for key, value in inner.param_groups[0].items():
             group.setdefault(key, value)
@@ -63,7 +77,9 @@ class MethodOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of everything that has a gradient; then the method's own events, and the clock."""
+        """One update of everything that has a gradient; then the method's own events, and the
+        clock.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -101,7 +117,9 @@ class MethodOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore groups, state and clock. Unlike torch's, it keeps each state tensor's own dtype."""
+        """Restore groups, state and clock. Unlike torch's, it keeps each state tensor's own
+        dtype.
+        """
         parameters = [p for group in self.param_groups for p in group["params"]]
         self.state.clear()
         for index, values in state_dict["state"].items():
@@ -118,4 +136,3 @@ class MethodOptimizer(torch.optim.Optimizer):
     @property
     def method(self) -> Method:
         return self._method
-

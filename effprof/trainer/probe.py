@@ -26,7 +26,9 @@ TIME_LIMIT = 900.0
 
 @dataclass(frozen=True)
 class Probe:
-    """``outcome`` is ok, oom, killed, timeout or failed; ``measured`` holds bytes and seconds as far as it got."""
+    """``outcome`` is ok, oom, killed, timeout or failed; ``measured`` holds bytes and seconds as
+    far as it got.
+    """
 
     plan: Plan
     outcome: str
@@ -42,7 +44,13 @@ def probe(plan: Plan, *, time_limit: float = TIME_LIMIT) -> Probe:
     with tempfile.TemporaryDirectory(prefix="effprof-probe-") as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, "-m", "effprof.trainer.probe", str(result)]
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env={"KINETO_LOG_LEVEL": "99", **os.environ},  # the profiler's own chatter
+            text=True,
+        )
         try:
             child.communicate(json.dumps(plan.as_dict()), timeout=time_limit)
         except subprocess.TimeoutExpired:
@@ -98,7 +106,9 @@ def _out_of_memory(error: BaseException) -> bool:
     import torch
 
     text = str(error)
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
+    return (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
+    )
 
 
 def _measure(plan: Plan, report: Callable[..., None]) -> None:
@@ -115,7 +125,9 @@ def _measure(plan: Plan, report: Callable[..., None]) -> None:
 
 
 def _measure_cpu(plan: Plan, device: Any, report: Callable[..., None]) -> None:
-    """The allocator's own record of a first, two steady and one refreshing update; then time without it."""
+    """The allocator's own record of a first, two steady and one refreshing update; then time
+    without it.
+    """
     import resource
 
     from effprof import tape as tapes
@@ -227,7 +239,11 @@ def force_periodic(optimizer: Any, plan: Plan) -> None:
 
 
 def _one_update(
-    model: Any, optimizer: Any, plan: Plan, device: Any, on_phase: Callable[[str], None] = lambda phase: None
+    model: Any,
+    optimizer: Any,
+    plan: Plan,
+    device: Any,
+    on_phase: Callable[[str], None] = lambda phase: None,
 ) -> None:
     from effprof.trainer.step import training_step
 
@@ -248,7 +264,9 @@ def _random_batch(plan: Plan, device: Any) -> Any:
 
 
 def _timed(model: Any, optimizer: Any, plan: Plan, device: Any) -> dict[str, Any]:
-    """Seconds of steady updates: median, spread (half the middle half, over the median), how many."""
+    """Seconds of steady updates: median, spread (half the middle half, over the median), how
+    many.
+    """
     import torch
 
     least, most = TIMED_UPDATES

@@ -47,7 +47,9 @@ class Run:
 
 
 def make(plan: Plan, out: Path, given: Mapping[str, Any]) -> Run:
-    """A run from flags; unset ones take their defaults. Raises UsageError for a value that cannot be."""
+    """A run from flags; unset ones take their defaults. Raises UsageError for a value that
+    cannot be.
+    """
     values = {key: value for key, value in given.items() if value is not None}
     per_update = plan.global_batch * plan.seq_len
     steps = values.pop("steps", None)
@@ -55,7 +57,8 @@ def make(plan: Plan, out: Path, given: Mapping[str, Any]) -> Run:
         by_tokens = -(-plan.tokens // per_update)
         if steps not in (None, by_tokens):
             raise UsageError(
-                f"--steps {steps} disagrees with --tokens {plan.tokens}, which are {by_tokens} updates.",
+                f"--steps {steps} disagrees with --tokens {plan.tokens}, which are {by_tokens} "
+                f"updates.",
                 "Give one of them.",
             )
         steps = by_tokens
@@ -66,15 +69,19 @@ def make(plan: Plan, out: Path, given: Mapping[str, Any]) -> Run:
     run = Run(plan, out, steps, lr, steps // 10 if warmup is None else warmup, **values)
     for name in ("steps", "lr"):
         if getattr(run, name) <= 0:
-            raise UsageError(f"--{name} must be positive, not {getattr(run, name)}.", f"Type --{name} 100.")
+            raise UsageError(
+                f"--{name} must be positive, not {getattr(run, name)}.", f"Type --{name} 100."
+            )
     for name in ("warmup", "clip", "save_every", "eval_every", "seed"):
         if getattr(run, name) < 0:
             raise UsageError(
-                f"--{name.replace('_', '-')} must not be negative, not {getattr(run, name)}.", "Type 0 to turn it off."
+                f"--{name.replace('_', '-')} must not be negative, not {getattr(run, name)}.",
+                "Type 0 to turn it off.",
             )
     if run.warmup > run.steps:
         raise UsageError(
-            f"--warmup {run.warmup} is longer than the run of {run.steps} steps.", f"Type --warmup {run.steps // 10}."
+            f"--warmup {run.warmup} is longer than the run of {run.steps} steps.",
+            f"Type --warmup {run.steps // 10}.",
         )
     if run.schedule not in schedule.NAMES:
         raise unknown("--schedule", run.schedule, schedule.NAMES)
@@ -88,13 +95,16 @@ def default_lr(plan: Plan) -> float:
 
 
 def open_folder(run: Run, *, resume: bool) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to go on from, if any. Never overwrites: a used folder without --resume is refused."""
+    """The checkpoint to go on from, if any. Never overwrites: a used folder without --resume is
+    refused.
+    """
     used = run.out.exists() and (not run.out.is_dir() or any(run.out.iterdir()))
     if not used:
         return None
     if not resume:
         raise UsageError(
-            f"The folder {str(run.out)!r} is not empty.", "Add --resume to go on, or give another --out."
+            f"The folder {str(run.out)!r} is not empty.",
+            "Add --resume to go on, or give another --out.",
         )
     _check_same(run)
     return checkpoint.newest(run.out)
@@ -120,6 +130,7 @@ def _check_same(run: Run) -> None:
     for key in ("steps", "lr", "warmup", "schedule", "clip", "seed", "data", "tokenizer"):
         if train.get(key) != wanted[key]:
             raise UsageError(
-                f"{str(run.out)!r} was started with {key} = {train.get(key)!r}, not {wanted[key]!r}.",
+                f"{str(run.out)!r} was started with {key} = {train.get(key)!r}, not "
+                f"{wanted[key]!r}.",
                 f"Resume with --config {path}, or give another --out.",
             )

@@ -25,10 +25,11 @@ def training_step(
     clip: float = 0.0,
     on_phase: Callable[[str], None] = lambda phase: None,
 ) -> Tensor:
-    """One optimizer update; returns the loss, a mean over every target of the update, without a sync.
+    """One optimizer update; returns the loss, a mean over every target of the update, without a
+    sync.
 
-    Each micro-batch weighs by its targets, so accumulation equals one large batch. ``on_phase`` is told forward, backward
-    and update as they begin.
+    Each micro-batch weighs by its targets, so accumulation equals one large batch. ``on_phase`` is
+    told forward, backward and update as they begin.
     """
     targets = sum(batch.targets for batch in micro_batches)
     total: Tensor | None = None
@@ -66,4 +67,4 @@ def forward(model: nn.Module, batch: Batch, plan: Plan) -> Any:
 
 def forward_loss(model: nn.Module, batch: Batch, plan: Plan) -> Tensor:
     """The mean loss over a micro-batch's targets."""
-    return cast(Tensor, forward(model, batch, plan).loss)
+    return cast("Tensor", forward(model, batch, plan).loss)

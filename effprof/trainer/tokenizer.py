@@ -1,4 +1,6 @@
-"""The tokenizer: a byte-level BPE trained once on the corpus and cached, or any Hugging Face one by path."""
+"""The tokenizer: a byte-level BPE trained once on the corpus and cached, or any Hugging Face one
+by path.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def tokenizer(corpus: FileCorpus | DatasetCorpus, vocab: int, path: str | None) 
     if path:
         chosen = _load(path)
         if chosen.eos_token_id is None:
-            raise UsageError(f"The tokenizer {path!r} has no end-of-text token.", "Give one that has eos_token.")
+            raise UsageError(
+                f"The tokenizer {path!r} has no end-of-text token.", "Give one that has eos_token."
+            )
         if len(chosen) > vocab:
             raise UsageError(
                 f"The tokenizer {path!r} has {len(chosen)} tokens, the model only {vocab}.",
@@ -42,7 +46,9 @@ def _load(path: str) -> Any:
 
     if path.endswith(".json"):
         if not Path(path).is_file():
-            raise UsageError(f"--tokenizer {path!r} does not exist.", "Give a tokenizer.json or a folder.")
+            raise UsageError(
+                f"--tokenizer {path!r} does not exist.", "Give a tokenizer.json or a folder."
+            )
         return PreTrainedTokenizerFast(tokenizer_file=path, eos_token=END)
     try:
         return AutoTokenizer.from_pretrained(path)
