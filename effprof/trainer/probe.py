@@ -151,8 +151,8 @@ def _measure_cpu(plan: Plan, device: Any, report: Callable[..., None]) -> None:
                 recorder.name(pointers(_gradients(model), "gradients"))
             recorder.mark(kind, phase)
 
-        _one_update(model, optimizer, plan, device, on_phase)
-        recorder.name(pointers(_state(optimizer), "optimizer"))
+        one_update(model, optimizer, plan, device, on_phase)
+        recorder.name(pointers(state_tensors(optimizer), "optimizer"))
     recorder.stop()
     tape = recorder.tape()
     peak = tapes.peak(tape)
@@ -164,7 +164,7 @@ def _measure_cpu(plan: Plan, device: Any, report: Callable[..., None]) -> None:
             "peak_update": peak.update,
             "peak_allocated": peak.size,
         },
-        resident=_resident(model, optimizer),
+        resident=resident(model, optimizer),
         updates=len(kinds),
     )
     times = _timed(model, optimizer, plan, device)
@@ -199,7 +199,7 @@ def _measure_cuda(plan: Plan, device: Any, report: Callable[..., None]) -> None:
         if kind == "periodic":
             force_periodic(optimizer, plan)
         place[0] = kind
-        _one_update(model, optimizer, plan, device, on_phase)
+        one_update(model, optimizer, plan, device, on_phase)
         on_phase("between")
         reserved = max(reserved, torch.cuda.memory_reserved(device))
     where = max(peaks, key=lambda key: peaks[key])
@@ -217,7 +217,7 @@ def _measure_cuda(plan: Plan, device: Any, report: Callable[..., None]) -> None:
             "process_total": process,
             "context": None if process is None else process - torch.cuda.memory_reserved(device),
         },
-        resident=_resident(model, optimizer),
+        resident=resident(model, optimizer),
         peaks=peaks,
         updates=len(kinds),
         gpu={
@@ -238,7 +238,7 @@ def force_periodic(optimizer: Any, plan: Plan) -> None:
     optimizer.clock.update = math.lcm(*periods)
 
 
-def _one_update(
+def one_update(
     model: Any,
     optimizer: Any,
     plan: Plan,
@@ -247,11 +247,11 @@ def _one_update(
 ) -> None:
     from effprof.trainer.step import training_step
 
-    batches = [_random_batch(plan, device) for _ in range(plan.grad_accum)]
+    batches = [random_batch(plan, device) for _ in range(plan.grad_accum)]
     training_step(model, optimizer, batches, plan, on_phase=on_phase)
 
 
-def _random_batch(plan: Plan, device: Any) -> Any:
+def random_batch(plan: Plan, device: Any) -> Any:
     """Rows of random tokens: memory and time do not depend on what they say."""
     import torch
 
@@ -274,7 +274,7 @@ def _timed(model: Any, optimizer: Any, plan: Plan, device: Any) -> dict[str, Any
     began = time.perf_counter()
     while len(times) < least or (time.perf_counter() - began < TIMED_SECONDS and len(times) < most):
         start = time.perf_counter()
-        _one_update(model, optimizer, plan, device)
+        one_update(model, optimizer, plan, device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
@@ -287,7 +287,7 @@ def _gradients(model: Any) -> dict[str, Any]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _state(optimizer: Any) -> dict[str, Any]:
+def state_tensors(optimizer: Any) -> dict[str, Any]:
     return {
         f"{index}.{name}": tensor
         for index, state in enumerate(optimizer.state.values())
@@ -295,7 +295,7 @@ def _state(optimizer: Any) -> dict[str, Any]:
     }
 
 
-def _resident(model: Any, optimizer: Any) -> dict[str, int]:
+def resident(model: Any, optimizer: Any) -> dict[str, int]:
     """Requested bytes held between updates, by role, from the tensors themselves."""
 
     def total(tensors: Mapping[str, Any]) -> int:
@@ -304,7 +304,7 @@ def _resident(model: Any, optimizer: Any) -> dict[str, int]:
     return {
         "weights": total(dict(model.named_parameters())),
         "gradients": total(_gradients(model)),
-        "optimizer": total(_state(optimizer)),
+        "optimizer": total(state_tensors(optimizer)),
         "buffers": total(dict(model.named_buffers())),
     }
 

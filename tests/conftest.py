@@ -1,0 +1,71 @@
+"""Shared fixtures: a home of their own, one tiny model per architecture type, quiet children."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+os.environ["EFFPROF_QUIET"] = "1"
+os.environ["COLUMNS"] = "100"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 1024,
+    "max_position_embeddings": 512,
+}
+CONFIGS = {
+    "llama": {},
+    "llama-biased": {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
+    "mistral": {"num_key_value_heads": 2},
+    "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 24},
+    "gemma": {"num_key_value_heads": 1, "head_dim": 32},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 32, "query_pre_attn_scalar": 32},
+    "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tokenizers and tokens of the tests stay in a folder of the tests."""
+    os.environ["EFFPROF_HOME"] = str(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="session")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Paths of a tiny config.json per architecture."""
+    made = {}
+    for name, extra in CONFIGS.items():
+        folder = tmp_path_factory.mktemp("configs") / name
+        folder.mkdir()
+        document = {"model_type": name.partition("-")[0], **TINY, **extra}
+        (folder / "config.json").write_text(json.dumps(document))
+        made[name] = str(folder / "config.json")
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny(configs: dict[str, str]) -> str:
+    """A tiny llama."""
+    return configs["llama"]
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small folder of real text, enough for both splits at 32 positions."""
+    import textwrap
+
+    source = Path(textwrap.__file__).parent
+    folder = tmp_path_factory.mktemp("texts")
+    names = sorted(path for path in source.glob("*.py"))[:60]
+    for path in names:
+        folder.joinpath(path.stem + ".txt").write_text(path.read_text(encoding="utf-8")[:6000])
+    return folder

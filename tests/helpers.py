@@ -1,0 +1,53 @@
+"""A plan run for real, recorded; used by several tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from effprof.plan import Plan
+from effprof.tape import Tape
+
+
+def record(plan: Plan) -> Tape:
+    """The CPU allocator's tape of a first, a steady and, where due, a refreshing update."""
+    import torch
+
+    from effprof.measure.recorder import CpuRecorder, pointers
+    from effprof.trainer import probe
+    from effprof.trainer.build import build
+
+    recorder = CpuRecorder()
+    recorder.start()
+    model, optimizer = build(plan, lr=1e-3)
+    recorder.name(pointers(dict(model.named_parameters()), "weights"))
+    recorder.name(pointers(dict(model.named_buffers()), "buffers"))
+    for kind in ("first", "steady", *(["periodic"] if plan.halves.periods else [])):
+        if kind == "periodic":
+            probe.force_periodic(optimizer, plan)
+
+        def on_phase(phase: str, kind: str = kind) -> None:
+            recorder.mark(kind, phase)
+
+        probe.one_update(model, optimizer, plan, torch.device("cpu"), on_phase)
+        recorder.name(pointers(probe.state_tensors(optimizer), "optimizer"))
+    recorder.stop()
+    return recorder.tape()
+
+
+def run_cli(*arguments: str) -> tuple[int, str, str]:
+    """The command line in this process: exit code, stdout, stderr."""
+    import contextlib
+    import io
+
+    from effprof.cli import run
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run([str(argument) for argument in arguments])
+    return code, out.getvalue(), err.getvalue()
+
+
+def small(model: str, method: str, **changes: Any) -> Plan:
+    """A plan small enough for a test."""
+    values = {"micro_batch": 2, "seq_len": 32, "dtype": "fp32", "device": "cpu", **changes}
+    return Plan(model=model, method=method, **values)

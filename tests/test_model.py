@@ -1,0 +1,93 @@
+"""Architectures: parameter counts against transformers' own, and configurations that cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import CONFIGS, TINY
+
+from effprof.errors import UsageError
+from effprof.model import architecture, from_config, presets
+from effprof.plan import Plan
+from effprof.step import work_out
+
+PRESET_PARAMETERS = {  # shapes of the benchmark, counted by hand from its config files
+    "9m": 8_995_968,
+    "20m": 19_548_416,
+    "35m": 35_197_824,
+    "40m": 42_392_480,
+    "60m": 58_073_600,
+    "71m": 70_578_688,
+    "100m": 100_117_120,
+    "130m": 134_105_856,
+    "250m": 247_370_496,
+    "350m": 367_969_280,
+    "1b": 1_339_082_752,
+    "3b": 2_685_831_680,
+    "7b": 6_738_415_616,
+    "13b": 13_015_864_320,
+    "qwen2-0.5b": 494_032_768,
+    "qwen2-1b": 1_543_714_304,
+    "qwen2-7b": 7_615_616_512,
+}
+
+
+@pytest.mark.parametrize("name", PRESET_PARAMETERS)
+def test_preset_parameters(name: str) -> None:
+    assert architecture(name).parameters == PRESET_PARAMETERS[name]
+
+
+def test_every_preset_is_checked() -> None:
+    assert {config["name"] for config in presets().values()} == PRESET_PARAMETERS.keys()
+
+
+def test_aliases_are_the_same_model() -> None:
+    assert architecture("1b") == architecture("llama-1b") == architecture("LLAMA_1B")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_equal_transformers(name: str, configs: dict[str, str]) -> None:
+    from effprof.trainer.build import skeleton
+
+    plan = Plan(model=configs[name], attention="eager", device="cpu")
+    model = skeleton(work_out(plan))
+    own = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    assert plan.architecture.parameters == sum(p.numel() for p in model.parameters())
+    declared = {n: unit.tensors[0].shape for n, unit in work_out(plan).placed}
+    assert declared == own
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "vocab_size"])
+@pytest.mark.parametrize("value", [None, "64", -1, 0, 2.5, True])
+def test_bad_field_is_named(key: str, value: object) -> None:
+    with pytest.raises(UsageError) as error:
+        from_config({"model_type": "llama", **TINY, key: value}, "test")
+    assert key in error.value.message
+
+
+def test_missing_kv_heads_follow_the_type() -> None:
+    base = {**TINY, "num_attention_heads": 32, "hidden_size": 128}
+    assert from_config({"model_type": "llama", **base}, "x").kv_heads == 32
+    assert from_config({"model_type": "mistral", **base}, "x").kv_heads == 8
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [("{", "not valid JSON"), ("[]", "not a JSON object"), ('{"model_type": "t5"}', "'t5'")],
+)
+def test_bad_config_file(tmp_path: Path, content: str, fragment: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UsageError, match=fragment):
+        architecture(str(tmp_path / "config.json"))
+
+
+def test_folder_is_as_good_as_its_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **TINY}))
+    assert architecture(str(tmp_path)).hidden == 64
+
+
+def test_unreadable_config(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Cannot read"):
+        architecture(str(tmp_path / "missing.json"))
