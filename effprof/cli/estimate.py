@@ -11,10 +11,10 @@ import typer
 from effprof.cli.flags import plan_from, with_plan_flags
 
 NAME = "estimate"
-EPILOG = (
-    "Examples:  effprof estimate --model 1b --method lowrank   |   "
-    "effprof estimate --model 7b --method galore --checkpointing full --gpu rtx-4090 --json"
-)
+EPILOG = """\b
+Examples:
+  effprof estimate --model 1b --method lowrank
+  effprof estimate --model 7b --method galore --checkpointing full --gpu rtx-4090 --json"""
 
 
 @with_plan_flags

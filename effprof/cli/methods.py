@@ -11,7 +11,10 @@ import typer
 from effprof import registry
 
 NAME = "methods"
-EPILOG = "Examples:  effprof methods   |   effprof methods galore"
+EPILOG = """\b
+Examples:
+  effprof methods
+  effprof methods galore"""
 
 
 def command(

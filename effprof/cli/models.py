@@ -11,7 +11,10 @@ import typer
 from effprof.model import Architecture, architecture, presets
 
 NAME = "models"
-EPILOG = "Examples:  effprof models   |   effprof models path/to/config.json --json"
+EPILOG = """\b
+Examples:
+  effprof models
+  effprof models path/to/config.json --json"""
 
 
 def command(

@@ -11,10 +11,10 @@ import typer
 from effprof.cli.flags import default_device, plan_from, with_plan_flags
 
 NAME = "probe"
-EPILOG = (
-    "Examples:  effprof probe --model 9m --method galore --micro-batch 4   |   "
-    "effprof probe --model 1b --method sltrain --device cuda --json"
-)
+EPILOG = """\b
+Examples:
+  effprof probe --model 9m --method galore --micro-batch 4
+  effprof probe --model 1b --method sltrain --device cuda --json"""
 
 
 @with_plan_flags

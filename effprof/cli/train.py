@@ -13,10 +13,10 @@ import typer
 from effprof.cli.flags import default_device, plan_from, read_table, with_plan_flags
 
 NAME = "train"
-EPILOG = (
-    "Examples:  effprof train --model 9m --method lowrank --steps 100   |   "
-    "effprof train --model 60m --method galore --tokens 50M --data my_texts/ --out runs/a --resume"
-)
+EPILOG = """\b
+Examples:
+  effprof train --model 9m --method lowrank --steps 100
+  effprof train --model 60m --method galore --tokens 50M --data my_texts/ --out runs/a --resume"""
 
 
 @with_plan_flags
