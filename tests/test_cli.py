@@ -147,7 +147,8 @@ def test_estimate_loads_nothing_heavy() -> None:
     code = (
         "import sys; from effprof.cli import run;"
         "run(['estimate','--model','1b','--method','galore','--json']);"
-        "heavy={'torch','numpy','pandas','transformers','pynvml','rich','datasets'} & sys.modules.keys();"
+        "names={'torch','numpy','pandas','transformers','pynvml','rich','datasets'};"
+        "heavy=names & sys.modules.keys();"
         "sys.exit(str(heavy) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

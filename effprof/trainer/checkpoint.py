@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,10 @@ def save(
     return final
 
 
-def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, with its state; damaged ones are passed over.
+def newest(
+    run: Path, on_damaged: Callable[[Path], None] = lambda path: None
+) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint with its state; ``on_damaged`` hears of those passed over.
 
     Returns None where there is no checkpoint. Raises EffprofError where there are some but none is
     good.
@@ -67,6 +69,7 @@ def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
         state = _checked(path)
         if state is not None:
             return path, state
+        on_damaged(path)
     if found:
         raise EffprofError(
             f"Every checkpoint in {str(run)!r} is damaged.",

@@ -4,6 +4,7 @@ by hash.
 
 from __future__ import annotations
 
+import functools
 import glob
 import gzip
 import hashlib
@@ -37,9 +38,25 @@ class FileCorpus:
         """The documents of ``train`` or ``validation``. Raises EffprofError for a file that
         cannot be read.
         """
+        validation = self._validation
         for text in self._all():
-            if is_validation(text) == (split == "validation"):
+            if (_key(text) in validation) == (split == "validation"):
                 yield text
+
+    @functools.cached_property
+    def _validation(self) -> frozenset[int]:
+        """Keys of validation documents: one in fifty by hash, at least the one with the least key.
+
+        Raises EffprofError where there are not two documents to tell apart.
+        """
+        keys = {_key(text) for text in self._all()}
+        if len(keys) < 2:
+            raise EffprofError(
+                f"{self.name!r} holds {len(keys)} document(s); training and validation need one each.",
+                "Give more text with --data.",
+            )
+        chosen = frozenset(key for key in keys if key % VALIDATION_SHARE == 0)
+        return chosen or frozenset({min(keys)})
 
     def _all(self) -> Iterator[str]:
         for path in self.files:
@@ -118,10 +135,10 @@ def standard_library() -> FileCorpus:
     return FileCorpus(files, "python-standard-library")
 
 
-def is_validation(text: str) -> bool:
-    """Whether a document belongs to validation: decided by its content alone."""
-    key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(key[:8], "big") % VALIDATION_SHARE == 0
+def _key(text: str) -> int:
+    """A document's place in the split, decided by its content alone."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big")
 
 
 def _read(path: Path) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,11 @@ def open_folder(run: Run, *, resume: bool) -> tuple[Path, dict[str, Any]] | None
             "Add --resume to go on, or give another --out.",
         )
     _check_same(run)
-    return checkpoint.newest(run.out)
+    return checkpoint.newest(run.out, _say_damaged)
+
+
+def _say_damaged(path: Path) -> None:
+    sys.stderr.write(f"Warning: {path} is damaged and was passed over.\n")
 
 
 def _check_same(run: Run) -> None:

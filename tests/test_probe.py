@@ -1,0 +1,86 @@
+"""The probe: what it measures here, and what becomes of it when it fails."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from helpers import run_cli, small
+
+from effprof import registry
+from effprof.plan import Plan
+from effprof.trainer import probe as probes
+
+
+@pytest.mark.parametrize("method", registry.names())
+def test_probe_agrees_with_the_estimate_at_60m(method: str) -> None:
+    """Micro-batch 4 at 60m, bf16, in a process of its own: every bucket within a thousandth."""
+    code, out, _ = run_cli(
+        *("probe", "--model", "60m", "--method", method, "--micro-batch", "4"),
+        *("--seq-len", "64", "--device", "cpu", "--json"),
+    )
+    assert code == 0
+    document = json.loads(out)
+    assert document["outcome"] == "ok"
+    assert document["measured"]["updates"] >= 3
+    errors = {(row["when"], row["bucket"]): row["error"] for row in document["comparison"]}
+    assert abs(errors["peak", "peak_allocated"]) < 1e-3
+    for bucket in ("weights", "optimizer", "buffers"):
+        assert errors["resident", bucket] == 0
+    times = document["measured"]["step_seconds"]
+    assert times["median"] > 0
+    assert times["n"] >= 3
+    assert document["measured"]["rss_peak"] > document["measured"]["memory"]["peak_allocated"] / 2
+
+
+def test_table(tiny: str) -> None:
+    code, out, _ = run_cli(
+        *("probe", "--model", tiny, "--method", "galore", "--micro-batch", "2", "--seq-len", "16"),
+        *("--device", "cpu"),
+    )
+    assert code == 0
+    assert "measured" in out
+    assert "tokens/s" in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_out_of_memory_is_a_result() -> None:
+    """A batch that no machine holds: exit 3, how far it got, and the estimate beside it."""
+    code, out, _ = run_cli(
+        *("probe", "--model", "9m", "--micro-batch", "200000", "--seq-len", "2048"),
+        *("--dtype", "fp32", "--device", "cpu", "--json"),
+    )
+    document = json.loads(out)
+    assert (code, document["outcome"]) == (3, "oom")
+    assert document["measured"]["reached"] == "update 1 (first)"
+    assert document["estimated"]["memory"]["peak_allocated"] > 1e12
+
+
+def test_a_probe_that_hangs_is_stopped(tiny: str) -> None:
+    result = probes.probe(small(tiny, "full"), time_limit=0.5)
+    assert result.outcome == "timeout"
+
+
+def test_a_killed_probe_says_so(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import subprocess
+    import sys
+
+    original = subprocess.Popen
+
+    def dies(command: list[str], **options: Any) -> Any:
+        return original([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], **options)
+
+    monkeypatch.setattr(probes.subprocess, "Popen", dies)
+    result = probes.probe(small(tiny, "full"))
+    assert result.outcome == "killed"
+    assert "SIGKILL" in result.detail
+
+
+def test_forced_refresh_is_due_for_every_period() -> None:
+    from effprof.trainer.build import build
+
+    plan = Plan(model="9m", method="galore", device="cpu", settings={"refresh": 7})
+    _, optimizer = build(plan)
+    probes.force_periodic(optimizer, plan)
+    assert optimizer.clock.update % 7 == 0

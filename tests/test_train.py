@@ -1,0 +1,317 @@
+"""Training runs: what they write, how they stop, how they go on, and what others can open."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import run_cli
+
+from effprof import registry
+from effprof.errors import EffprofError
+from effprof.trainer import checkpoint, loop, schedule
+from effprof.trainer.export import load
+
+SMALL = ("--micro-batch", "2", "--seq-len", "32", "--dtype", "fp32", "--device", "cpu")
+
+
+def train(
+    out: Path, tiny: str, texts: Path, *more: str, method: str = "lowrank"
+) -> tuple[int, str, str]:
+    return run_cli(
+        "train", "--model", tiny, "--method", method, "--data", texts, "--out", out, *SMALL, *more
+    )
+
+
+def losses(out: Path) -> list[float]:
+    rows = (out / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(row)["loss"] for row in rows]
+
+
+@pytest.mark.parametrize("method", registry.names())
+def test_a_run_leaves_everything_behind(
+    method: str, tiny: str, texts: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    code, out, _ = train(
+        tmp_path / "run", tiny, texts, "--steps", "8", "--lr", "2e-2", "--json", method=method
+    )
+    assert code == 0
+    summary = json.loads(out)
+    run = tmp_path / "run"
+    rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert {"loss", "lr", "tokens", "tokens_per_second", "memory"} <= rows[0].keys()
+    assert rows[-1]["tokens"] == summary["tokens"] == 8 * 64
+    assert json.loads((run / "summary.json").read_text()) == summary
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+    # The exported folder is the same model: same validation loss, in transformers' own hands.
+    exported = AutoModelForCausalLM.from_pretrained(run / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    ids = torch.tensor([tokenizer("def main(argv):\n    return argv")["input_ids"]])
+    native = load(run)
+    with torch.no_grad():
+        ours = native(input_ids=ids, labels=ids).loss
+        theirs = exported(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+    assert sorted(p.name for p in run.iterdir()) == [
+        "checkpoint-00000008",
+        "metrics.jsonl",
+        "model",
+        "run.toml",
+        "summary.json",
+    ]
+
+
+def test_validation_loss_of_the_exported_folder(tiny: str, texts: Path, tmp_path: Path) -> None:
+    """The number in summary.json, computed again by transformers alone from the folder."""
+    from transformers import AutoModelForCausalLM
+
+    from effprof.plan import from_dict
+    from effprof.trainer.corpus import corpus
+    from effprof.trainer.data import rows
+    from effprof.trainer.evaluate import evaluate
+    from effprof.trainer.tokenizer import tokenizer
+
+    code, out, _ = train(tmp_path / "run", tiny, texts, "--steps", "5", "--json", method="sltrain")
+    assert code == 0
+    summary = json.loads(out)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    plan = from_dict(summary["plan"])
+    texts_corpus = corpus(str(texts))
+    split = rows(texts_corpus, tokenizer(texts_corpus, 1024, None), plan, "validation")
+    again = evaluate(exported, split.evaluation(None, torch.device("cpu")), plan)
+    assert again.loss == pytest.approx(summary["validation"]["loss"], rel=1e-5)
+    batches = again.batches
+    assert again.lineage_loss < again.loss * (batches / (batches + 1)) * 1.05
+
+
+@pytest.mark.parametrize("method", registry.names())
+def test_resume_repeats_the_uninterrupted_losses(
+    method: str, tiny: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped by a signal at step 5 of 9, then resumed: the same losses to the last bit."""
+    more = ("--steps", "9", "--warmup", "2", "--grad-accum", "2")
+    if "refresh" in registry.setting_fields(registry.method(method).addressed):
+        more += ("--set", "refresh=3")
+    assert train(tmp_path / "whole", tiny, texts, *more, method=method)[0] == 0
+    _stop_after(5, monkeypatch)
+    code, _, err = train(tmp_path / "cut", tiny, texts, *more, method=method)
+    assert code == 143
+    assert "--resume" in err
+    monkeypatch.undo()
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")[:5]
+    code, out, _ = train(tmp_path / "cut", tiny, texts, *more, "--resume", "--json", method=method)
+    assert code == 0
+    assert json.loads(out)["resumed_at"] == 5
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def _stop_after(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal during an update, as a scheduler would."""
+    update = loop.Session._update
+
+    def interrupted(self: loop.Session) -> dict[str, Any]:
+        metrics = update(self)
+        if self.step == step:
+            os.kill(os.getpid(), number)
+        return metrics
+
+    monkeypatch.setattr(loop.Session, "_update", interrupted)
+
+
+def test_ctrl_c_is_130(
+    tiny: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _stop_after(2, monkeypatch, signal.SIGINT)
+    assert train(tmp_path / "run", tiny, texts, "--steps", "9")[0] == 130
+    assert (tmp_path / "run" / "checkpoint-00000002").is_dir()
+
+
+def test_kill_9_loses_nothing_saved(
+    tiny: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed outright in a process of its own: the run goes on from the newest checkpoint."""
+    out = tmp_path / "run"
+    arguments = ["train", "--model", tiny, "--data", str(texts), "--out", str(out), *SMALL]
+    arguments += ["--steps", "400", "--save-every", "3"]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "effprof", *arguments], stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not list(out.glob("checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child.kill()
+    child.wait()
+    before = losses(out)
+    found = checkpoint.newest(out)
+    assert found is not None
+    reached = found[1]["step"]
+    _stop_after(reached + 4, monkeypatch)
+    assert run_cli(*arguments, "--resume")[0] == 143
+    after = losses(out)
+    assert len(after) == reached + 4
+    assert after[: min(len(before), len(after))] == before[: len(after)]
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(tiny: str, texts: Path, tmp_path: Path) -> None:
+    more = ("--steps", "6", "--save-every", "3")
+    assert train(tmp_path / "run", tiny, texts, *more)[0] == 0
+    whole = losses(tmp_path / "run")
+    victim = tmp_path / "run" / "checkpoint-00000006" / "optimizer.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-100])
+    code, out, err = train(tmp_path / "run", tiny, texts, *more, "--resume", "--json")
+    assert code == 0
+    assert json.loads(out)["resumed_at"] == 3
+    assert "checkpoint-00000006" in err
+    assert losses(tmp_path / "run") == whole
+
+
+def test_only_damaged_checkpoints_is_an_error(tiny: str, texts: Path, tmp_path: Path) -> None:
+    assert train(tmp_path / "run", tiny, texts, "--steps", "3")[0] == 0
+    for path in (tmp_path / "run").glob("checkpoint-*/state.json"):
+        path.write_text("{")
+    code, _, err = train(tmp_path / "run", tiny, texts, "--steps", "3", "--resume")
+    assert code == 1
+    assert "damaged" in err
+
+
+def test_full_disk_keeps_the_older_checkpoint(
+    tiny: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    more = ("--steps", "6", "--save-every", "3")
+    saved = checkpoint.save_file
+    calls: list[int] = []
+
+    def fails_later(*arguments: Any) -> None:
+        calls.append(1)
+        (saved if len(calls) <= 2 else full)(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_file", fails_later)
+    code, _, err = train(tmp_path / "run", tiny, texts, *more)
+    assert code == 1
+    assert "No space left" in err
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == ["checkpoint-00000003", "metrics.jsonl", "run.toml"]
+
+
+def test_a_used_folder_is_never_overwritten(tiny: str, texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious.txt").write_text("mine")
+    code, _, err = train(tmp_path / "run", tiny, texts, "--steps", "2")
+    assert code == 2
+    assert "--resume" in err
+    assert (tmp_path / "run" / "precious.txt").read_text() == "mine"
+
+
+def test_resuming_another_run_is_refused(tiny: str, texts: Path, tmp_path: Path) -> None:
+    assert train(tmp_path / "run", tiny, texts, "--steps", "2")[0] == 0
+    code, _, err = train(tmp_path / "run", tiny, texts, "--steps", "2", "--lr", "0.5", "--resume")
+    assert code == 2
+    assert "lr" in err
+
+
+def test_the_run_can_be_resumed_from_its_own_file(tiny: str, texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert train(out, tiny, texts, "--steps", "2")[0] == 0
+    code, text, _ = run_cli(
+        "train", "--config", out / "run.toml", "--out", out, "--resume", "--json"
+    )
+    assert code == 0
+    assert json.loads(text)["resumed_at"] == 2
+
+
+def test_nan_stops_the_run(tiny: str, texts: Path, tmp_path: Path) -> None:
+    code, _, err = train(
+        tmp_path / "run", tiny, texts, "--steps", "20", "--lr", "1e18", "--warmup", "0"
+    )
+    assert code == 1
+    assert "loss is" in err
+
+
+def test_resume_with_a_fresh_folder_starts(tiny: str, texts: Path, tmp_path: Path) -> None:
+    assert train(tmp_path / "new", tiny, texts, "--steps", "2", "--resume")[0] == 0
+
+
+@pytest.mark.parametrize("rows", ["packed", "packed-isolated", "padded"])
+@pytest.mark.parametrize("dtype", ["bf16", "amp-bf16"])
+def test_rows_and_precisions_train(
+    rows: str, dtype: str, tiny: str, texts: Path, tmp_path: Path
+) -> None:
+    more = ("--steps", "6", "--rows", rows, "--dtype", dtype, "--clip", "1")
+    assert train(tmp_path / "run", tiny, texts, *more, method="sltrain")[0] == 0
+    found = losses(tmp_path / "run")
+    assert found[-1] < found[0]
+
+
+def test_estimate_that_does_not_fit_needs_force(
+    tiny: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from effprof.measure.device import CpuMeter
+
+    monkeypatch.setattr(CpuMeter, "total", lambda self: 1000)
+    code, _, err = train(tmp_path / "run", tiny, texts, "--steps", "2")
+    assert code == 3
+    assert "--force" in err
+    assert not (tmp_path / "run").exists()
+    assert train(tmp_path / "run", tiny, texts, "--steps", "2", "--force")[0] == 0
+
+
+def test_accumulation_weighs_by_targets(tiny: str) -> None:
+    """Two uneven micro-batches give the gradient of one batch holding both."""
+    from helpers import small
+
+    from effprof.trainer.build import build
+    from effprof.trainer.data import IGNORED, Batch
+    from effprof.trainer.step import forward_loss
+
+    plan = small(tiny, "full")
+    torch.manual_seed(0)
+    ids = torch.randint(0, 1024, (4, 32))
+    labels = ids.clone()
+    labels[0, 5:] = IGNORED
+    labels[1, 20:] = IGNORED
+
+    def batch(part: slice) -> Batch:
+        targets = int((labels[part, 1:] != IGNORED).sum())
+        return Batch(ids[part], labels[part], None, targets, ids[part].numel())
+
+    whole, _ = build(plan)
+    forward_loss(whole, batch(slice(0, 4)), plan).backward()
+    split, optimizer = build(plan)
+    optimizer.step = lambda *a: None  # type: ignore[method-assign, assignment]
+    optimizer.zero_grad = lambda **k: None  # type: ignore[method-assign, assignment]
+    from effprof.trainer.step import training_step
+
+    training_step(split, optimizer, [batch(slice(0, 2)), batch(slice(2, 4))], plan)
+    for one, two in zip(whole.parameters(), split.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_load_refuses_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(EffprofError, match="not a run folder"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", schedule.NAMES)
+def test_schedule(name: str) -> None:
+    factors = [schedule.factor(name, update, 10, 100) for update in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == factors[10] == 1.0
+    assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
+    assert factors[-1] == (1.0 if name == "constant" else pytest.approx(schedule.FLOOR, abs=0.02))
