@@ -52,7 +52,7 @@ class FileCorpus:
         keys = {_key(text) for text in self._all()}
         if len(keys) < 2:
             raise EffprofError(
-                f"{self.name!r} holds {len(keys)} document(s); training and validation need one each.",
+                f"{self.name!r} holds {len(keys)} document(s); each split needs at least one.",
                 "Give more text with --data.",
             )
         chosen = frozenset(key for key in keys if key % VALIDATION_SHARE == 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -62,14 +63,14 @@ def probe(plan: Plan, *, time_limit: float = TIME_LIMIT) -> Probe:
             child.wait()
             raise
         measured = _read(result)
-    outcome, detail = measured.pop("outcome", "failed"), measured.pop("detail", "")
-    if child.returncode < 0:
+    outcome, detail = measured.pop("outcome", ""), measured.pop("detail", "")
+    if child.returncode < 0 and not outcome:
         name = signal.Signals(-child.returncode).name
         hint = " (the system ran out of memory?)" if child.returncode == -signal.SIGKILL else ""
         return Probe(plan, "killed", f"the probe's process was killed by {name}{hint}", measured)
     if outcome == "error":
         raise EffprofError(detail, measured.get("hint", ""))
-    return Probe(plan, outcome, detail or f"exit code {child.returncode}", measured)
+    return Probe(plan, outcome or "failed", detail or f"exit code {child.returncode}", measured)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -83,6 +84,8 @@ def _read(path: Path) -> dict[str, Any]:
 def main() -> None:
     """The child: a plan on standard input, the measurement into the file named by the argument."""
     path, plan = Path(sys.argv[1]), from_dict(json.load(sys.stdin))
+    with contextlib.suppress(OSError):  # short of memory, Linux is to end this process and no other
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     measured: dict[str, Any] = {"reached": "start"}
 
     def report(**values: Any) -> None:
@@ -100,6 +103,7 @@ def main() -> None:
         if not _out_of_memory(error):
             raise
         report(outcome="oom", detail=str(error).splitlines()[0])
+        os._exit(0)  # unwinding a profiler that ran out of memory would only crash
 
 
 def _out_of_memory(error: BaseException) -> bool:
