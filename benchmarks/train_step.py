@@ -115,14 +115,12 @@ def main() -> None:
     found = interleaved(
         {"plain": plain_loop(full), "full": ours(full), "lowrank": ours(lowrank)}, given.rounds
     )
-    print(
-        f"{given.model}, {given.micro_batch} x 256 positions, fp32, {torch.get_num_threads()} threads"
-    )
+    threads = torch.get_num_threads()
+    print(f"{given.model}, {given.micro_batch} x 256 positions, fp32, {threads} threads")
     print(f"{'step':<34}{'seconds':>9}{'ratio':>8}")
     print(f"{'plain loop, fused AdamW':<34}{found['plain']:>9.3f}")
-    print(
-        f"{'ours, full (plain / ours)':<34}{found['full']:>9.3f}{found['plain'] / found['full']:>8.3f}"
-    )
+    ratio = found["plain"] / found["full"]
+    print(f"{'ours, full (plain / ours)':<34}{found['full']:>9.3f}{ratio:>8.3f}")
     row = f"ours, lowrank r={lowrank.rank} (full / lowrank)"
     print(f"{row:<34}{found['lowrank']:>9.3f}{found['full'] / found['lowrank']:>8.3f}")
     for size, rank, name in (("60m", 128, "fp32"), ("60m", 128, "bf16"), ("350m", 256, "fp32")):

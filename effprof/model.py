@@ -57,6 +57,8 @@ _TYPES: dict[str, dict[str, Any]] = {
     },
     "phi3": {"max_position_embeddings": 4096},
 }
+_NEVER_NULL = ("max_position_embeddings",)
+_WITH_ATTENTION_BIAS = ("llama", "qwen3", "gemma", "gemma2")  # on q, k, v and o, where it is set
 _REQUIRED = (
     "hidden_size",
     "intermediate_size",
@@ -92,6 +94,13 @@ class Matrix:
     @property
     def numel(self) -> int:
         return self.rows * self.columns * self.count
+
+    @property
+    def block(self) -> str:
+        """Which of ``--targets`` it belongs to: attention, mlp, or neither."""
+        if self.kind in ATTENTION_KINDS:
+            return "attention"
+        return "mlp" if self.kind in MLP_KINDS else ""
 
     @property
     def shorter(self) -> int:
@@ -237,7 +246,8 @@ def architecture(model: str) -> Architecture:
     Raises UsageError for an unknown name, an unreadable file, an unsupported type or a bad field.
     """
     path = Path(model)
-    if model.endswith(".json") or path.is_dir():
+    preset = presets().get(model.lower().replace("_", "-"))
+    if preset is None and (model.endswith(".json") or path.is_dir()):
         file = path / "config.json" if path.is_dir() else path
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
@@ -251,7 +261,6 @@ def architecture(model: str) -> Architecture:
                 f"{str(file)!r} is not valid JSON: {problem}.", "Download config.json again."
             ) from None
         return from_config(config, name=file.parent.resolve().name)
-    preset = presets().get(model.lower().replace("_", "-"))
     if preset is None:
         raise unknown("model", model, presets(), "A path to a config.json works too.")
     config = {key: value for key, value in preset.items() if key != "name"}
@@ -270,7 +279,11 @@ def from_config(config: Any, name: str) -> Architecture:
             f"Model type {model_type!r} in {name!r} is not supported.",
             f"Supported model_type values: {', '.join(_TYPES)}.",
         )
+    # A field whose default is a number may be absent, but transformers refuses it null.
+    given_null = [key for key, value in config.items() if value is None]
+    null = [key for key in given_null if key in _NEVER_NULL or _TYPES[model_type].get(key)]
     missing = [key for key in _REQUIRED if config.get(key) is None]
+    missing += [key for key in null if key != "sliding_window"]
     if missing:
         raise UsageError(
             f"The configuration of {name!r} lacks {', '.join(missing)}.",
@@ -280,6 +293,7 @@ def from_config(config: Any, name: str) -> Architecture:
     sizes = {key: full[key] for key in _REQUIRED}
     sizes["num_key_value_heads"] = full["num_key_value_heads"] or full["num_attention_heads"]
     sizes["head_dim"] = full["head_dim"] or _head_dim(full, name)
+    sizes["max_position_embeddings"] = full["max_position_embeddings"]
     for key, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise UsageError(
@@ -291,7 +305,7 @@ def from_config(config: Any, name: str) -> Architecture:
             f"num_key_value_heads {sizes['num_key_value_heads']} in {name!r}.",
             "Correct num_key_value_heads in config.json.",
         )
-    bias = model_type == "qwen2" or bool(full.get("attention_bias"))
+    bias = bool(full.get("attention_bias")) and model_type in _WITH_ATTENTION_BIAS
     # gemma2 reads hidden_activation, the others hidden_act; both gemmas are tanh-gelu unless told.
     act = full.get("hidden_activation") or full["hidden_act"]
     sliding = full.get("sliding_window") if full.get("use_sliding_window", True) else None
@@ -306,14 +320,13 @@ def from_config(config: Any, name: str) -> Architecture:
         head_dim=sizes["head_dim"],
         vocab=sizes["vocab_size"],
         tied=bool(full["tie_word_embeddings"]),
-        qkv_bias=bias and model_type != "phi3",
-        o_bias=bool(full.get("attention_bias"))
-        and model_type in ("llama", "qwen3", "gemma", "gemma2"),
-        mlp_bias=bool(full.get("mlp_bias")),
+        qkv_bias=bias or model_type == "qwen2",
+        o_bias=bias,
+        mlp_bias=bool(full.get("mlp_bias")) and model_type == "llama",
         activation="gelu_pytorch_tanh" if model_type == "gemma2" and act == "silu" else str(act),
-        max_positions=int(full["max_position_embeddings"]),
-        attention_softcap=full.get("attn_logit_softcapping"),
-        logit_softcap=full.get("final_logit_softcapping"),
+        max_positions=sizes["max_position_embeddings"],
+        attention_softcap=full["attn_logit_softcapping"] if model_type == "gemma2" else None,
+        logit_softcap=full["final_logit_softcapping"] if model_type == "gemma2" else None,
         sliding_window=sliding,
         config=config,
     )

@@ -60,8 +60,8 @@ class Plan:
     update_settings: Mapping[str, Any] = field(default_factory=dict)
     micro_batch: int = 16
     seq_len: int = 256
-    grad_accum: int = 0
-    global_batch: int = 0
+    grad_accum: int = None  # type: ignore[assignment] # resolved, as global_batch is
+    global_batch: int = None  # type: ignore[assignment]
     dtype: str = "bf16"
     state_dtype: str = "same"
     master_weights: str = "none"
@@ -94,6 +94,10 @@ class Plan:
         object.__setattr__(self, name, value)
 
     def _check_values(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if value is not None or item.default is not None:
+                _check_type(item.name, str(item.type), value)
         for name, known in CHOICES.items():
             value = getattr(self, name)
             if value not in known and not (name == "optimizer_impl" and not value):
@@ -101,7 +105,7 @@ class Plan:
         for name in ("micro_batch", "seq_len", "gpus"):
             _positive(name, getattr(self, name))
         for name in ("grad_accum", "global_batch", "rank", "tokens"):
-            if getattr(self, name) not in (0, None) or (name == "rank" and self.rank == 0):
+            if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
         targets = tuple(
             sorted(set(self.targets), key=TARGETS.index)
@@ -123,16 +127,17 @@ class Plan:
 
     def _resolve_batch(self) -> None:
         per_step = self.micro_batch * self.gpus
-        if not self.grad_accum:
-            accum, rest = divmod(self.global_batch or per_step, per_step)
-            if rest or not accum:
+        accumulation = self.grad_accum
+        if accumulation is None:
+            accumulation, rest = divmod(self.global_batch or per_step, per_step)
+            if rest or not accumulation:
                 raise UsageError(
                     f"--global-batch {self.global_batch} is not a multiple of micro-batch × gpus "
                     f"= {per_step}.",
-                    f"Type --global-batch {max(accum, 1) * per_step} or another --micro-batch.",
+                    f"Type --global-batch {max(accumulation, 1) * per_step}.",
                 )
-            self._set("grad_accum", accum)
-        total = per_step * self.grad_accum
+            self._set("grad_accum", accumulation)
+        total = per_step * accumulation
         if self.global_batch and self.global_batch != total:
             raise UsageError(
                 f"--global-batch {self.global_batch} disagrees with micro-batch "
@@ -145,6 +150,11 @@ class Plan:
     def _resolve_method(self) -> None:
         name = self.method or registry.default()
         chosen = registry.method(name, self.update or None)
+        if self.update and chosen.layer is None and chosen.update_name != chosen.name:
+            raise UsageError(
+                f"--update {self.update} has no effect: {chosen.name} has no layer half.",
+                f"Use --method {chosen.update_name}.",
+            )
         self._set("method", chosen.name)
         self._set("update", chosen.update_name)
         given, given_update = dict(self.settings), dict(self.update_settings)
@@ -154,7 +164,7 @@ class Plan:
                 raise UsageError(
                     f"--rank has no effect: {chosen.name} has no rank.", "Leave --rank out."
                 )
-            if given.get("rank", self.rank) != self.rank:
+            if str(given.get("rank", self.rank)) != str(self.rank):
                 raise UsageError(
                     f"--rank {self.rank} disagrees with --set rank={given['rank']}.",
                     "Give one of them.",
@@ -197,7 +207,10 @@ class Plan:
                     "setting", key, fields, f"Settings of this method: {', '.join(fields)}."
                 )
         values = published(half.FACTS, self.architecture, fields.keys())
-        if "rank" in fields and "rank" not in values:
+        layer_rank = getattr(getattr(self, "_addressed", None), "rank", None)
+        if "rank" in fields and layer_rank is not None:  # an update half on a layer half's factors
+            values["rank"] = max(layer_rank // 4 // 8 * 8, 1)
+        elif "rank" in fields and "rank" not in values:
             values["rank"] = self._default_rank()
         values |= {key: _parse(key, value, str(fields[key].type)) for key, value in given.items()}
         return half.Settings(**values)
@@ -206,7 +219,8 @@ class Plan:
         """A quarter of the hidden width, a multiple of 8, below every targeted matrix's shorter
         side.
         """
-        shorter = min(m.shorter for m in self.architecture.layer_matrices())
+        targeted = (m for m in self.architecture.layer_matrices() if m.block in self.targets)
+        shorter = min(m.shorter for m in targeted)
         return max(min(self.architecture.hidden // 4, shorter - 1) // 8 * 8, 1)
 
     def _check_combinations(self) -> None:
@@ -216,10 +230,10 @@ class Plan:
                     raise UsageError(
                         f"{flag(name)} has no effect with --device cpu.", f"Leave {flag(name)} out."
                     )
-        if self.attention == "sdpa" and self.architecture.attention_softcap:
+        if self.attention != "eager" and self.architecture.attention_softcap:
             raise UsageError(
-                f"{self.architecture.model_type} caps attention scores, which --attention sdpa "
-                f"cannot do.",
+                f"{self.architecture.model_type} caps attention scores, which "
+                f"--attention {self.attention} cannot do.",
                 "Use --attention eager.",
             )
         if self.seq_len > self.architecture.max_positions:
@@ -312,7 +326,7 @@ def from_dict(values: Mapping[str, Any]) -> Plan:
         raise UsageError(
             "No model was given.", "Type for example --model 60m; `effprof models` lists them."
         )
-    if "targets" in values:
+    if isinstance(values.get("targets"), list):
         values["targets"] = tuple(values["targets"])
     return Plan(**values)
 
@@ -333,7 +347,8 @@ def published(facts: Facts, shape: Architecture, keys: Any) -> dict[str, Any]:
     for key in keys:
         sizes = tuple(size for size, known in facts.defaults.items() if key in known)
         if key == "rank":
-            if nearest == shape.name and key in facts.defaults[nearest]:
+            same = architecture(nearest) == dataclasses.replace(shape, name=nearest)
+            if same and key in facts.defaults[nearest]:
                 values[key] = facts.defaults[nearest][key]
         elif sizes:
             values[key] = facts.defaults[nearest_size(sizes, shape)][key]
@@ -348,6 +363,26 @@ def nearest_size(sizes: tuple[str, ...], shape: Architecture) -> str:
         return max(ratio, 1 / ratio)
 
     return min(sizes, key=distance)
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "bool": (bool,),
+    "Mapping[str, Any]": (Mapping,),
+    "tuple[str, ...]": (tuple,),
+    "None": (type(None),),
+}
+
+
+def _check_type(name: str, declared: str, value: Any) -> None:
+    """A value from a file may have any type; UsageError where it is not the field's."""
+    kinds = tuple(kind for part in declared.split(" | ") for kind in _KINDS[part])
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise UsageError(
+            f"{flag(name)} cannot be {value!r}.",
+            f"Give {declared.split(' | ')[0].split('[')[0].lower()} for {name}.",
+        )
 
 
 def _positive(name: str, value: Any) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from effprof.errors import unknown
+from effprof.errors import UsageError, unknown
 from effprof.model import Matrix
 
 if TYPE_CHECKING:
@@ -227,7 +227,10 @@ def method(name: str, update: str | None = None) -> Method:
     own_update = file if hasattr(file, "update") else file.UPDATE
     half = _module(update) if update else own_update
     if not hasattr(half, "update"):
-        half = half.UPDATE
+        raise UsageError(
+            f"{update} has no update half of its own.",
+            f"Update halves: {', '.join(n for n in names() if hasattr(_module(n), 'update'))}.",
+        )
     stem = half.__name__.rpartition(".")[2].replace("_", "-")
     return Method(
         name=file.__name__.rpartition(".")[2].replace("_", "-"),

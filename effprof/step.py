@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from effprof import registry
-from effprof.model import ATTENTION_KINDS, Architecture, Matrix
+from effprof.model import Architecture, Matrix
 from effprof.plan import Plan
 from effprof.registry import ITEMSIZE, Saved, Tensor, UpdateHalf
 
@@ -95,11 +95,13 @@ class Step:
                 sizes["optimizer"] += times * sum(map(self.nbytes, trained.state))
                 if self.plan.zero_grad == "zero":
                     sizes["gradients"] += times * self.nbytes(trained.tensor)
-        sizes["buffers"] += rotary_buffer_bytes(self.architecture)
+        sizes["buffers"] += sum(map(self.nbytes, model_buffers(self.plan)))
         return sizes
 
     def itemsize(self, dtype: str) -> int:
         """Bytes per number of a dtype name, the plan's own names resolved."""
+        if dtype == "upcast":
+            return 0 if self.plan.weight_dtype == "fp32" else ITEMSIZE["fp32"]
         return ITEMSIZE[self.dtype(dtype)]
 
     def dtype(self, name: str) -> str:
@@ -128,18 +130,19 @@ def work_out(plan: Plan) -> Step:
     return Step(plan, shape, tuple(layer), (_plain(plan, shape.embedding),), tuple(after))
 
 
-def rotary_buffer_bytes(shape: Architecture) -> int:
-    """inv_freq and its untouched original: two fp32 vectors of head_dim / 2, in every model type
-    here.
-    """
-    scale = 2 if shape.gemma and shape.model_type == "gemma" else 0
-    return 2 * 4 * (shape.head_dim // 2) + scale
+def model_buffers(plan: Plan) -> tuple[Tensor, ...]:
+    """Buffers of the model itself: inv_freq and its untouched original; gemma's embedding scale."""
+    half = plan.architecture.head_dim // 2
+    rotary = [
+        Tensor(name, (half,), "fp32", "buffers") for name in ("inv_freq", "original_inv_freq")
+    ]
+    scale = [Tensor("embed_scale", (), "weight", "buffers")] if plan.architecture.gemma else []
+    return (*rotary, *scale)
 
 
 def _linear(plan: Plan, matrix: Matrix) -> Unit:
     """A linear layer: the method's form if it is targeted, the dense matrix else."""
-    kind = "attention" if matrix.kind in ATTENTION_KINDS else "mlp"
-    if kind not in plan.targets:
+    if matrix.block not in plan.targets:
         return _plain(plan, matrix)
     half = plan.halves.layer
     if half is None:

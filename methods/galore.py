@@ -126,12 +126,11 @@ def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, t
     p, q = matrix.shorter, matrix.longer
     return {
         "update": (
-            Tensor("projected", projected, "weight", "workspace"),
             Tensor("denominator", projected, "state", "workspace"),
             Tensor("step", projected, "state", "workspace"),
         ),
         "refresh": (
-            Tensor("gradient_fp32", (matrix.rows, matrix.columns), "fp32", "workspace"),
+            Tensor("gradient_fp32", (matrix.rows, matrix.columns), "upcast", "workspace"),
             Tensor("left", (matrix.rows, p), "fp32", "workspace"),
             Tensor("right", (p, matrix.columns), "fp32", "workspace"),
             Tensor("svd_copy", (p, q), "fp32", "workspace"),

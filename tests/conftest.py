@@ -27,6 +27,7 @@ CONFIGS = {
     "mistral": {"num_key_value_heads": 2},
     "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 24},
+    "mistral-odd": {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
     "gemma": {"num_key_value_heads": 1, "head_dim": 32},
     "gemma2": {"num_key_value_heads": 2, "head_dim": 32, "query_pre_attn_scalar": 32},
     "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},

@@ -19,7 +19,7 @@ from effprof.step import work_out
 from effprof.tape import peak
 from effprof.trainer import probe
 from effprof.trainer.build import build
-from effprof.trainer.step import forward_loss
+from effprof.trainer.step import backward, forward_loss
 
 NAMES = registry.names()
 CPU = torch.device("cpu")
@@ -56,6 +56,8 @@ def test_allocated_equals_declared(method: str, dtype: str, tiny: str) -> None:
         {"checkpointing": "full"},
         {"grad_accum": 2, "zero_grad": "zero"},
         {"attention": "eager", "keep_logits": True},
+        {"attention": "math", "dtype": "bf16", "checkpointing": "full"},
+        {"dtype": "amp-bf16", "checkpointing": "full"},
     ],
     ids=str,
 )
@@ -104,17 +106,33 @@ def test_state_dict_round_trip(method: str, tiny: str) -> None:
         assert torch.equal(one, two), name
 
 
-def test_products_equal_the_flop_counter(method: str, tiny: str) -> None:
-    plan = small(tiny, method, attention="math", micro_batch=3)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"checkpointing": "full"},
+        {"freeze_rest": True},
+        {"freeze_rest": True, "targets": ("mlp",)},
+        {"freeze_rest": True, "targets": ("attention",), "checkpointing": "full"},
+        {"freeze_rest": True, "targets": ("mlp",), "checkpointing": "full"},
+        {"targets": ("mlp",)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("model", ["llama", "qwen2"])  # an own head, and a tied one
+def test_products_equal_the_flop_counter(
+    method: str, model: str, changes: dict[str, Any], configs: dict[str, str]
+) -> None:
+    plan = small(configs[model], method, attention="math", micro_batch=3, **changes)
     model, _ = build(plan)
     batch = probe.random_batch(plan, CPU)
     with FlopCounterMode(display=False) as forward:
         loss = forward_loss(model, batch, plan)
-    with FlopCounterMode(display=False) as backward:
-        loss.backward()
+    with FlopCounterMode(display=False) as second:
+        backward(loss, plan)
     counted = flops(work_out(plan))
     assert forward.get_total_flops() == round(counted.forward_per_token * plan.positions)
-    assert forward.get_total_flops() + backward.get_total_flops() == counted.executed
+    assert forward.get_total_flops() + second.get_total_flops() == counted.executed
 
 
 def test_update_products_equal_the_flop_counter(method: str, tiny: str) -> None:

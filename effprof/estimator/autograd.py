@@ -146,11 +146,6 @@ class Graph:
             out.node = Node(self._sequence, f"{self.module}{label}", rule, kept, edges)
         return out
 
-    def alias(self, value: Value, label: str = "view") -> Value:
-        """A view: another value over the same storage."""
-        out = Value(value.storage, value.numel, value.itemsize)
-        return self.attach(out, label, (value,), (), _same)
-
     def checkpoint(
         self,
         function: Callable[[Value], Value],
@@ -311,10 +306,6 @@ class _Frame:
 
 def _detached(value: Value) -> Value:
     return Value(value.storage, value.numel, value.itemsize)
-
-
-def _same(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:
-    return (gradient,)
 
 
 def _dependencies(root: Node) -> dict[Node | Leaf, int]:

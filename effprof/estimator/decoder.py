@@ -15,7 +15,7 @@ from effprof.estimator.autograd import Graph, Value
 from effprof.model import Architecture, Matrix
 from effprof.plan import Plan
 from effprof.registry import Tensor
-from effprof.step import Step, Unit
+from effprof.step import Step, Unit, model_buffers
 
 Weights = Mapping[str, Value]
 
@@ -41,8 +41,10 @@ class Decoder:
         for name, unit in step.placed:
             self.units[name] = unit
             self.weights[name] = {tensor.name: self._place(name, tensor) for tensor in unit.tensors}
-        half_dim = self.shape.head_dim // 2
-        self.rotary = [graph.allocate(half_dim, 4, "inv_freq", "buffers") for _ in range(2)]
+        self.buffers = [
+            graph.allocate(tensor.numel, step.itemsize(tensor.dtype), tensor.name, "buffers")
+            for tensor in model_buffers(step.plan)
+        ]
 
     def _place(self, name: str, tensor: Tensor) -> Value:
         label = name if tensor.name == "weight" else f"{name[:-6]}{tensor.name}"
@@ -76,7 +78,7 @@ class Decoder:
         graph.module = "lm_head."
         head = self.weight("model.embed_tokens.weight" if shape.tied else "lm_head.weight")
         logits = self.linear(hidden, head, shape.vocab)
-        del hidden, layer, cos, sin, mask, positions
+        del layer, cos, sin, mask, positions
         if shape.logit_softcap:
             logits = ops.scale(graph, logits, "softcap")
             logits = ops.from_result(graph, logits, "tanh")
@@ -402,17 +404,18 @@ def query_numel(decoder: Decoder) -> int:
 
 
 def _math(decoder: Decoder, query: Value, key: Value, value: Value, numel: int) -> Value:
-    """SDPA's math backend: both sides scaled by the root of the scale, probabilities kept."""
+    """SDPA's math backend: in fp32 whatever the input, both sides scaled, probabilities kept."""
     graph, compute = decoder.graph, decoder.compute
     query, key, value = (ops.to(graph, x, compute, "sdpa_cast") for x in (query, key, value))
+    query, key, value = (ops.to(graph, x, 4, "sdpa_fp32") for x in (query, key, value))
     query, key = ops.scale(graph, query, "scaled_q"), ops.scale(graph, key, "scaled_k")
     scores = ops.matmul(graph, query, key, numel, "scores")
     del query, key
-    scores = ops.add_in_place(
-        graph, scores, graph.allocate(decoder.plan.seq_len**2, compute, "mask")
-    )
+    mask = graph.allocate(decoder.plan.seq_len**2, 4, "mask")
+    scores = ops.add_in_place(graph, scores, mask)
     weights = ops.from_result(graph, scores, "softmax")
-    del scores
+    del scores, mask
     out = ops.matmul(graph, weights, value, query_numel(decoder), "attention")
     del weights, value
+    out = ops.to(graph, out, compute, "attention")
     return ops.copy(graph, out, out.numel, "contiguous")

@@ -44,8 +44,12 @@ def flops(step: Step) -> UpdateFlops:
             layers_forward += times * one_forward
     if shape.tied:
         head = 2 * tokens * shape.vocab * shape.hidden
-        forward, backward = forward + head, backward + _dense_backward(step, head, trainable=True)
-    recomputed = layers_forward if plan.checkpointing == "full" else 0
+        forward += head
+        backward += _dense_backward(head, trainable=not plan.freeze_rest)
+    backward -= _unneeded_gradients(step, tokens)
+    recomputed = 0
+    if plan.checkpointing == "full":
+        recomputed = layers_forward - _never_recomputed(step, tokens)
     update, periodic = _optimizer(step)
     return UpdateFlops(
         forward_per_token=forward / tokens,
@@ -79,14 +83,40 @@ def _unit_products(step: Step, unit: Unit, tokens: int) -> tuple[int, int]:
         declared: Flops = half.flops(matrix, tokens, step.plan.layer_settings)
         return sum(declared.forward.values()), sum(declared.backward.values())
     forward = 2 * tokens * matrix.numel
-    return forward, _dense_backward(step, forward, trainable=bool(unit.trained))
+    return forward, _dense_backward(forward, trainable=bool(unit.trained))
 
 
-def _dense_backward(step: Step, forward: int, *, trainable: bool) -> int:
+def _dense_backward(forward: int, *, trainable: bool) -> int:
     """One product for the input's gradient, one for the weight's where it is trained."""
-    return forward * (
-        2 if trainable and not (step.plan.freeze_rest and step.architecture.tied) else 1
-    )
+    return forward * (2 if trainable else 1)
+
+
+def _never_recomputed(step: Step, tokens: int) -> int:
+    """Each layer's last dense product: nothing after it is saved, so recomputing ends before."""
+    last = next(unit for unit in step.layer if unit.matrix.kind == "down")
+    return 0 if last.layer_half else step.architecture.layers * 2 * tokens * last.matrix.numel
+
+
+def _unneeded_gradients(step: Step, tokens: int) -> int:
+    """With the rest frozen, nothing before the first trained matrices has a gradient.
+
+    Under checkpointing transformers makes the first layer's input require one, so all are formed.
+    """
+    plan, shape = step.plan, step.architecture
+    if not plan.freeze_rest or plan.checkpointing == "full":
+        return 0
+    if "attention" in plan.targets:
+        return _dense_inputs(step, "attention_input", tokens)
+    passed = _dense_inputs(step, "attention_input", tokens)
+    passed += _dense_inputs(step, "attention_output", tokens)
+    passed += 2 * attention_forward(shape, tokens, plan.seq_len) // shape.layers
+    return passed + _dense_inputs(step, "mlp_input", tokens)
+
+
+def _dense_inputs(step: Step, reads: str, tokens: int) -> int:
+    """The products that form the gradient of one activation of a layer, where dense layers read it."""
+    units = (u for u in step.layer if u.matrix.reads == reads and not u.layer_half)
+    return sum(2 * tokens * unit.matrix.numel for unit in units)
 
 
 def _optimizer(step: Step) -> tuple[int, float]:

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from effprof.estimator.autograd import Graph, Value
+from effprof.estimator.autograd import Graph, Storage, Value
+from effprof.tape import Tape
+
+_NOWHERE = Storage(Graph(Tape()), 0, 0)
 
 
 def to(graph: Graph, x: Value, itemsize: int, label: str = "to") -> Value:
@@ -172,7 +175,11 @@ def matmul(graph: Graph, a: Value, b: Value, numel: int, label: str) -> Value:
         return d_a, d_b
 
     saved = [value for value, wanted in ((a, b_needs), (b, a_needs)) if wanted]
-    return graph.attach(graph.allocate(numel, a.itemsize, label), label, (a, b), saved, rule)
+    # torch saves before it computes: recomputing stops here where this was the last to save.
+    out = Value(_NOWHERE, numel, a.itemsize)
+    graph.attach(out, label, (a, b), saved, rule)
+    out.storage = graph.allocate(numel, a.itemsize, label).storage
+    return out
 
 
 def embedding(graph: Graph, weight: Value, ids: Value, hidden: int) -> Value:

@@ -42,7 +42,7 @@ def training_step(
         kept = output if plan.keep_logits else None
         del output
         on_phase("backward")
-        loss.backward()
+        backward(loss, plan)
         total = loss.detach() if total is None else total + loss.detach()
         del loss, kept
     on_phase("update")
@@ -58,11 +58,22 @@ def forward(model: nn.Module, batch: Batch, plan: Plan) -> Any:
     """The model's output with its loss, under the plan's precision and attention."""
     kind = batch.ids.device.type
     amp = torch.autocast(kind, dtype=DTYPES[plan.compute_dtype], enabled=plan.amp)
-    math = sdpa_kernel(SDPBackend.MATH) if plan.attention == "math" else contextlib.nullcontext()
-    with amp, math:
+    with amp, _attention(plan):
         return model(
             input_ids=batch.ids, labels=batch.labels, position_ids=batch.positions, use_cache=False
         )
+
+
+def backward(loss: Tensor, plan: Plan) -> None:
+    """Gradients of a loss; a checkpointed layer runs again here, with the attention it ran with."""
+    with _attention(plan):
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _attention(plan: Plan) -> contextlib.AbstractContextManager[None]:
+    if plan.attention != "math":
+        return contextlib.nullcontext()
+    return cast(contextlib.AbstractContextManager[None], sdpa_kernel(SDPBackend.MATH))
 
 
 def forward_loss(model: nn.Module, batch: Batch, plan: Plan) -> Tensor:
