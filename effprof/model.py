@@ -274,7 +274,7 @@ def from_config(config: Any, name: str) -> Architecture:
             f"The configuration of {name!r} is not a JSON object.", "Give a config.json."
         )
     model_type = config.get("model_type")
-    if model_type not in _TYPES:
+    if not isinstance(model_type, str) or model_type not in _TYPES:
         raise UsageError(
             f"Model type {model_type!r} in {name!r} is not supported.",
             f"Supported model_type values: {', '.join(_TYPES)}.",
@@ -290,15 +290,21 @@ def from_config(config: Any, name: str) -> Architecture:
             "Add the field to config.json; transformers' own defaults are another model.",
         )
     full = {**_COMMON, **_TYPES[model_type], **config}
+    _check_kinds(full, name)
     sizes = {key: full[key] for key in _REQUIRED}
     sizes["num_key_value_heads"] = full["num_key_value_heads"] or full["num_attention_heads"]
-    sizes["head_dim"] = full["head_dim"] or _head_dim(full, name)
+    sizes["head_dim"] = _head_dim(full, name) if full["head_dim"] is None else full["head_dim"]
     sizes["max_position_embeddings"] = full["max_position_embeddings"]
     for key, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise UsageError(
                 f"{key} is {value!r} in {name!r}.", f"{key} must be a positive whole number."
             )
+    if sizes["head_dim"] % 2:
+        raise UsageError(
+            f"head_dim {sizes['head_dim']} is odd in {name!r}.",
+            "Rotary embeddings need an even one.",
+        )
     if sizes["num_attention_heads"] % sizes["num_key_value_heads"]:
         raise UsageError(
             f"num_attention_heads {sizes['num_attention_heads']} is not a multiple of "
@@ -330,6 +336,26 @@ def from_config(config: Any, name: str) -> Architecture:
         sliding_window=sliding,
         config=config,
     )
+
+
+_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "gelu_new")
+
+
+def _check_kinds(config: Mapping[str, Any], name: str) -> None:
+    """Fields that decide shapes or kernels must be of the kind transformers reads them as."""
+    for key in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"):
+        if not isinstance(config.get(key, False), bool):
+            raise UsageError(f"{key} is {config[key]!r} in {name!r}.", f"{key} is true or false.")
+    for key in ("hidden_act", "hidden_activation"):
+        if config.get(key) is not None and config[key] not in _ACTIVATIONS:
+            raise UsageError(
+                f"{key} is {config[key]!r} in {name!r}.", f"Known: {', '.join(_ACTIVATIONS)}."
+            )
+    window = config.get("sliding_window")
+    if window is not None and (not isinstance(window, int) or window <= 0):
+        raise UsageError(
+            f"sliding_window is {window!r} in {name!r}.", "It is a positive whole number or null."
+        )
 
 
 def _head_dim(config: Mapping[str, Any], name: str) -> int:

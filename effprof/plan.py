@@ -236,6 +236,14 @@ class Plan:
                 f"--attention {self.attention} cannot do.",
                 "Use --attention eager.",
             )
+        if self.seq_len < 2:
+            raise UsageError("--seq-len 1 leaves nothing to predict.", "Type --seq-len 2 or more.")
+        covers_all = self.halves.layer is None and "embedding" in self.halves.update.COVERS
+        if covers_all and self.targets != TARGETS and not self.freeze_rest:
+            raise UsageError(
+                f"--targets has no effect: {self.method} takes every parameter.",
+                "Add --freeze-rest, or leave --targets out.",
+            )
         if self.seq_len > self.architecture.max_positions:
             raise UsageError(
                 f"--seq-len {self.seq_len} exceeds the model's {self.architecture.max_positions} "

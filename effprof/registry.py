@@ -141,7 +141,7 @@ class LayerHalf(Protocol):
     def backward(
         self,
         gradient: TorchTensor,
-        x: TorchTensor,
+        x: TorchTensor | None,
         saved: Sequence[TorchTensor],
         tensors: Mapping[str, TorchTensor],
         settings: Any,

@@ -88,28 +88,6 @@ def peak(tape: Tape, blocks: Sequence[int] | None = None, start: int = 0) -> Pea
     return Peak(most, at, update, phase, by_role, tuple(listed))
 
 
-def timeline(tape: Tape, blocks: Sequence[int] | None = None) -> list[int]:
-    """Bytes alive after each event."""
-    sizes = _sizes(tape) if blocks is None else blocks
-    live, curve = 0, []
-    for storage, change in tape.events:
-        live += sizes[storage] if change > 0 else -sizes[storage]
-        curve.append(live)
-    return curve
-
-
-def difference(ours: Peak, theirs: Peak) -> list[tuple[str, int, int]]:
-    """What two peaks hold differently: (label, bytes in ours, bytes in theirs), largest
-    difference first.
-    """
-    totals: dict[str, list[int]] = {}
-    for side, one in enumerate((ours, theirs)):
-        for size, role, label in one.alive:
-            totals.setdefault(f"{role}: {label}", [0, 0])[side] += size
-    rows = [(label, a, b) for label, (a, b) in totals.items() if a != b]
-    return sorted(rows, key=lambda row: -abs(row[1] - row[2]))
-
-
 def _sizes(tape: Tape) -> list[int]:
     sizes = [0] * len(tape.roles)
     for storage, change in tape.events:

@@ -25,9 +25,12 @@ def parse_count(text: str, name: str) -> int:
         raise UsageError(
             f"{name} {text!r} is not a count.", f"Type for example {name} 13.1B or 300M."
         )
-    value = round(float(match[1]) * _DECIMAL[match[2].lower()])
+    number = float(match[1]) * _DECIMAL[match[2].lower()]
+    value = round(number) if number < 1e18 else 0
     if value <= 0:
-        raise UsageError(f"{name} must be positive, not {text!r}.", f"Type for example {name} 1B.")
+        raise UsageError(
+            f"{name} must be positive and below 1e18, not {text!r}.", f"Type for example {name} 1B."
+        )
     return value
 
 
@@ -38,9 +41,9 @@ def parse_bytes(text: str, name: str) -> int:
     scale = _BINARY.get(unit) or (
         _DECIMAL.get(unit[:-1]) if unit.endswith("b") and unit != "b" else None
     )
-    if match is None or scale is None or float(match[1]) <= 0:
+    if match is None or scale is None or not 0 < float(match[1]) < 1e12:
         raise UsageError(
-            f"{name} {text!r} is not a size.", f"Type for example {name} 24GB or 22.5GiB."
+            f"{name} {text!r} is not a size.", f"Type for example {name}=24GB or 22.5GiB."
         )
     return round(float(match[1]) * scale)
 

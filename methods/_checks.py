@@ -8,7 +8,7 @@ from effprof.model import Matrix
 
 def positive(name: str, value: float) -> None:
     """Raise UsageError unless ``value`` is above zero."""
-    if not value > 0:
+    if not 0 < value < float("inf"):
         raise UsageError(
             f"{name} must be positive, not {value!r}.", f"Type for example --set {name}=1."
         )
@@ -24,7 +24,7 @@ def betas(value: tuple[float, ...]) -> None:
 
 def not_negative(name: str, value: float) -> None:
     """Raise UsageError unless ``value`` is zero or above."""
-    if not value >= 0:
+    if not 0 <= value < float("inf"):
         raise UsageError(f"{name} must not be negative, not {value!r}.", f"Type --set {name}=0.")
 
 

@@ -123,12 +123,13 @@ def forward(
 
 def backward(
     gradient: TorchTensor,
-    x: TorchTensor,
+    x: TorchTensor | None,
     saved: Sequence[TorchTensor],
     tensors: Mapping[str, TorchTensor],
     settings: Settings,
 ) -> tuple[TorchTensor, dict[str, TorchTensor]]:
     """dB = gᵀ h, dA = (s Bᵀ g)ᵀ x, dx = (s g B) A, with h the kept product."""
+    assert x is not None
     (reduced,) = saved
     d_b = gradient.t() @ reduced
     d_reduced = gradient @ tensors["B"]

@@ -173,7 +173,7 @@ def forward(
 
 def backward(
     gradient: TorchTensor,
-    x: TorchTensor,
+    x: TorchTensor | None,
     saved: Sequence[TorchTensor],
     tensors: Mapping[str, TorchTensor],
     settings: Settings,
@@ -181,6 +181,7 @@ def backward(
     """dx = g W with W rebuilt; one dense gᵀ x gives dA = s Bᵀ (gᵀ x), dB = s (gᵀ x) Aᵀ and the
     values' entries.
     """
+    assert x is not None
     d_x = gradient @ _build(tensors, settings)
     d_weight = gradient.t() @ x
     values = d_weight.view(-1).index_select(0, tensors["indices"])

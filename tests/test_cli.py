@@ -87,6 +87,15 @@ ERRORS = [
     (("train", "--model", "9m", "--steps", "5", "--schedule", "cosin"), "cosine"),
     (("train", "--model", "9m", "--steps", "5", "--data", "nowhere/at/all.txt"), "file"),
     (("methods", "galoree"), "galore"),
+    (("trian",), "train"),
+    (("probe", "--model", "9m", "--tokens", "1B"), "--tokens"),
+    (("probe", "--model", "9m", "--time-limit", "-5"), "900"),
+    (("train", "--model", "9m", "--steps", "5", "--lr", "nan"), "number"),
+    (("train", "--model", "9m", "--steps", "5", "--lr", "0"), "default"),
+    (("train", "--model", "9m", "--steps", "5", "--resume"), "--out"),
+    (("train", "--model", "9m", "--steps", "5", "--dtype", "amp-fp16"), "amp-bf16"),
+    (("train", "--model", "9m", "--steps", "5", "--gpu", "t4"), "--gpu"),
+    (("train", "--model", "9m", "--steps", "5", "--seed", "9" * 30), "whole number"),
 ]
 
 

@@ -89,6 +89,7 @@ BAD = [
     ("none.jsonl", b'{"body": "x"}\n', "'text'"),
     ("cut.jsonl.gz", gzip.compress(b'{"text": "fine"}\n' * 500)[:-20], "Cannot read"),
     ("no.parquet", b"this is not parquet", "Cannot read"),
+    ("noise.txt", bytes(range(128, 256)) * 40, "not UTF-8"),
     ("odd.bin", b"x", "unknown format"),
 ]
 
@@ -233,5 +234,5 @@ def test_tokenizers_are_checked(texts: Path, tiny: str, tmp_path: Path) -> None:
     assert len(tokenizer(found, 1024, str(tmp_path / "tok"))) == len(made)
     with pytest.raises(EffprofError, match="only 100"):
         tokenizer(found, 100, str(tmp_path / "tok"))
-    with pytest.raises(EffprofError, match="does not exist"):
+    with pytest.raises(EffprofError, match="Cannot load"):
         tokenizer(found, 1024, str(tmp_path / "missing.json"))

@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,10 +69,12 @@ def test_a_run_leaves_everything_behind(
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
     assert sorted(p.name for p in run.iterdir()) == [
         "checkpoint-00000008",
+        "config.json",
         "metrics.jsonl",
         "model",
         "run.toml",
         "summary.json",
+        "tokenizer.json",
     ]
 
 
@@ -207,7 +210,8 @@ def test_full_disk_keeps_the_older_checkpoint(
     assert code == 1
     assert "No space left" in err
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert names == ["checkpoint-00000003", "metrics.jsonl", "run.toml"]
+    assert "checkpoint-00000003" in names
+    assert not [name for name in names if name.startswith(".") or name == "model"]
 
 
 def test_a_used_folder_is_never_overwritten(tiny: str, texts: Path, tmp_path: Path) -> None:
@@ -234,6 +238,110 @@ def test_the_run_can_be_resumed_from_its_own_file(tiny: str, texts: Path, tmp_pa
     )
     assert code == 0
     assert json.loads(text)["resumed_at"] == 2
+
+
+def test_killed_before_its_first_checkpoint_it_starts_again(
+    tiny: str, texts: Path, tmp_path: Path
+) -> None:
+    """Rows of the run that left no checkpoint are not kept beside the new ones."""
+    out = tmp_path / "run"
+    assert train(out, tiny, texts, "--steps", "4")[0] == 0
+    whole = losses(out)
+    for path in out.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    assert train(out, tiny, texts, "--steps", "4", "--resume")[0] == 0
+    assert losses(out) == whole
+
+
+def test_resume_refuses_a_folder_that_is_no_run(tiny: str, texts: Path, tmp_path: Path) -> None:
+    """Whatever lies in it stays as it was."""
+    out = tmp_path / "project"
+    (out / "model").mkdir(parents=True)
+    (out / "model" / "keep.txt").write_text("mine")
+    code, _, err = train(out, tiny, texts, "--steps", "2", "--resume")
+    assert code == 2
+    assert "not a run" in err
+    assert [path.name for path in out.rglob("*")] == ["model", "keep.txt"]
+
+
+def test_resume_refuses_changed_data(tiny: str, texts: Path, tmp_path: Path) -> None:
+    """Other text would give the token ids another meaning."""
+    data = tmp_path / "texts"
+    shutil.copytree(texts, data)
+    assert train(tmp_path / "run", tiny, data, "--steps", "2")[0] == 0
+    (data / "more.txt").write_text("something new")
+    code, _, err = train(tmp_path / "run", tiny, data, "--steps", "2", "--resume")
+    assert code == 1
+    assert "has changed" in err
+
+
+def test_a_signal_during_the_last_validation(
+    tiny: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = loop.evaluate
+
+    def interrupted(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(loop, "evaluate", interrupted)
+    assert train(tmp_path / "run", tiny, texts, "--steps", "3")[0] == 143
+    monkeypatch.undo()
+    code, out, _ = train(tmp_path / "run", tiny, texts, "--steps", "3", "--resume", "--json")
+    assert code == 0
+    assert json.loads(out)["resumed_at"] == 3
+
+
+def test_a_tampered_state_is_damaged(tiny: str, texts: Path, tmp_path: Path) -> None:
+    assert train(tmp_path / "run", tiny, texts, "--steps", "3")[0] == 0
+    (state,) = (tmp_path / "run").glob("checkpoint-*/state.json")
+    state.write_text(state.read_text().replace('"step": 3', '"step": 2'))
+    assert train(tmp_path / "run", tiny, texts, "--steps", "3", "--resume")[0] == 1
+
+
+def test_config_and_flags_together(tiny: str, texts: Path, tmp_path: Path) -> None:
+    """A file holds resolved values; a flag beats them and what was resolved from them."""
+    assert train(tmp_path / "run", tiny, texts, "--steps", "2", method="galore")[0] == 0
+    config = tmp_path / "run" / "run.toml"
+
+    def plan(*flags: str) -> dict[str, Any]:
+        code, out, err = run_cli("estimate", "--config", config, *flags, "--json")
+        assert code == 0, err
+        return dict(json.loads(out)["plan"])
+
+    assert plan("--micro-batch", "4")["global_batch"] == 4
+    assert plan("--grad-accum", "3")["global_batch"] == 6
+    assert plan("--rank", "8")["settings"]["rank"] == 8
+    assert plan("--set", "rank=8")["rank"] == 8
+    assert plan("--set", "refresh=7")["settings"]["refresh"] == 7
+    assert plan("--model", "60m")["rank"] == 128
+    assert plan("--dtype", "bf16", "--state-dtype", "fp32")["optimizer_impl"] == "loop"
+    assert plan("--method", "lowrank")["settings"]["alpha"] == 32.0
+
+
+BAD_FILES = [
+    ("[plan]\nmodel = 5\n", "--model"),
+    ("[plan]\nmodel = '60m'\nsettings = 5\n", "--settings"),
+    ("[plan]\nmodel = '60m'\ntargets = [1]\n", "--targets"),
+    ("[plan]\nmodel = '60m'\nfreeze_rest = 'false'\n", "--freeze-rest"),
+    ("[plan]\nmodel = '60m'\nspeed = 1\n", "speed"),
+    ("plan = 5\n", "plan"),
+    ("[train]\nstep = 5\n", "step"),
+    ("[train]\nsteps = '5'\n", "--steps"),
+    ("[train]\nsteps = true\n", "--steps"),
+    ("[train]\nsteps = 5\nlr = 'fast'\n", "--lr"),
+]
+
+
+@pytest.mark.parametrize(("text", "fragment"), BAD_FILES)
+def test_bad_config_files(text: str, fragment: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    flags = ("--model", "9m", "--steps", "3") if "[train]" not in text else ("--model", "9m")
+    flags = () if "model" in text else flags
+    code, _, err = run_cli("train", "--config", path, *flags, "--out", tmp_path / "out")
+    assert code == 2
+    assert fragment in err
 
 
 def test_nan_stops_the_run(tiny: str, texts: Path, tmp_path: Path) -> None:

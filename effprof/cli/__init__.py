@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from typing import Annotated
 
 import typer
 
 from effprof.cli import estimate, methods, models, probe, train
-from effprof.errors import EffprofError
+from effprof.errors import EffprofError, UsageError, unknown
 
 app = typer.Typer(
     name="effprof",
@@ -26,7 +28,7 @@ _FIRST = """Three things to try:
   effprof estimate --model 1b --method lowrank     what it needs, and on which cards it fits
   effprof probe --model 9m --method galore         a short real run, held against the estimate
   effprof train --model 9m --method lowrank --steps 100
-`effprof --help` lists every command."""
+`effprof --help` lists every command; --debug anywhere shows an error's traceback."""
 
 
 def _version(wanted: bool) -> None:
@@ -43,34 +45,54 @@ def main(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """effprof: what fits, what it is worth, does reality agree, and then train."""
-    context.obj = {"debug": debug}
     if context.invoked_subcommand is None:
         typer.echo(_FIRST)
 
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         result = app(arguments, standalone_mode=False, prog_name="effprof")
+        sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except EffprofError as error:
-        if "--debug" in arguments:
+        if debug:
             raise
         say(error)
         return error.exit_code
-    except typer.Abort:
+    except (KeyboardInterrupt, typer.Abort):
         return 130
+    except BrokenPipeError:
+        return _no_output()  # the reader has had enough: `effprof methods | head`
+    except OSError as error:
+        if debug or error.errno != errno.ENOSPC:
+            raise
+        say(EffprofError("The output cannot be written: no space left.", "Write it elsewhere."))
+        return _no_output()
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer raises for a bad option
             raise
-        sys.stderr.write(f"Error: {error.format_message()}\n")
-        sys.stderr.write(
-            f"Hint:  effprof {arguments[0] if arguments else ''} --help lists the options.\n"
-        )
+        say(_usage(str(error.format_message()), arguments))
         return 2
+
+
+def _usage(message: str, arguments: list[str]) -> EffprofError:
+    """typer's complaint with our hint: the nearest command, or where the options are listed."""
+    commands = [command.name or "" for command in app.registered_commands]
+    first = next((argument for argument in arguments if not argument.startswith("-")), "")
+    if first not in commands:
+        return unknown("command", first, commands, "`effprof --help` lists them.")
+    return UsageError(message, f"effprof {first} --help lists the options.")
+
+
+def _no_output() -> int:
+    """Let the interpreter end without flushing into a closed or full stream once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 def say(error: EffprofError) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from effprof.errors import UsageError
-from effprof.plan import Plan, from_dict
+from effprof.plan import Plan, flag, from_dict
 from effprof.units import parse_count
 
 
@@ -94,22 +94,41 @@ def with_plan_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+# A file holds resolved values: what a flag replaces, and what was resolved from it.
+_REPLACES = {
+    "model": ("rank", "settings", "update_settings"),
+    "method": ("update", "rank", "settings", "update_settings"),
+    "update": ("update_settings",),
+    "rank": ("settings.rank", "update_settings"),
+    "micro_batch": ("global_batch",),
+    "grad_accum": ("global_batch",),
+    "gpus": ("global_batch",),
+    "global_batch": ("grad_accum",),
+    "dtype": ("optimizer_impl",),
+    "state_dtype": ("optimizer_impl",),
+}
+
+
 def plan_values(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Flags as a plan's fields, over those of ``--config``. Raises UsageError."""
-    values = dict(flags)
-    path = values.pop("config", None)
-    text = values.pop("settings", [])
-    if "tokens" in values:
-        values["tokens"] = parse_count(values["tokens"], "--tokens")
+    values = {key: value for key, value in flags.items() if key not in ("config", "settings")}
+    values |= _assignments(flags.get("settings", []))
     if "targets" in values:
         values["targets"] = tuple(part.strip() for part in values["targets"].split(","))
-    base = read_table(path, "plan") if path else {}
-    if base and {"method", "update"} & values.keys():
-        base = {
-            k: v
-            for k, v in base.items()
-            if k not in ("settings", "update_settings", "rank", "update")
-        }
+    base = read_table(flags["config"], "plan") if "config" in flags else {}
+    base = _without(base, values)
+    for where in ("settings", "update_settings"):
+        if where in base and where in values and isinstance(base[where], dict):
+            values[where] = {**base[where], **values[where]}
+    merged = {**base, **values}
+    if isinstance(merged.get("tokens"), str):
+        merged["tokens"] = parse_count(merged["tokens"], "--tokens")
+    return merged
+
+
+def _assignments(text: list[str]) -> dict[str, dict[str, str]]:
+    """``key=value`` and ``update.key=value`` as settings of the two halves. Raises UsageError."""
+    found: dict[str, dict[str, str]] = {}
     for one in text:
         key, separator, value = one.partition("=")
         if not separator or not value:
@@ -117,13 +136,25 @@ def plan_values(flags: Mapping[str, Any]) -> dict[str, Any]:
                 f"--set {one!r} is not key=value.", "Type for example --set refresh=100."
             )
         where = "update_settings" if key.startswith("update.") else "settings"
-        values.setdefault(where, {})[key.removeprefix("update.")] = value
-    for where in ("settings", "update_settings"):
-        if where in base:
-            values[where] = {**base[where], **values.get(where, {})}
-    if "rank" in values and "settings" in base:
-        values["settings"]["rank"] = values["rank"]
-    return {**base, **values}
+        found.setdefault(where, {})[key.removeprefix("update.")] = value
+    return found
+
+
+def _without(base: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's values, less those the given flags replace and those that followed from them."""
+    base = {key: dict(v) if isinstance(v, dict) else v for key, v in base.items()}
+    gone = [one for given in values for one in _REPLACES.get(given, ())]
+    if "rank" in values.get("settings", {}):
+        gone += ["rank", "settings.rank"]
+    if base.get("method") and base.get("method") == base.get("update"):
+        gone.append("update_settings")  # the same settings under their second name
+    for name in gone:
+        table, _, key = name.partition(".")
+        if key and isinstance(base.get(table), dict):
+            base[table].pop(key, None)
+        elif not key:
+            base.pop(table, None)
+    return base
 
 
 def plan_from(flags: Mapping[str, Any]) -> Plan:
@@ -133,15 +164,26 @@ def plan_from(flags: Mapping[str, Any]) -> Plan:
 
 def default_device(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Flags with the device that is here, where none was asked for: a run cannot use another."""
-    if "device" in flags or "config" in flags:
+    if "device" in flags or "device" in read_table(flags.get("config"), "plan"):
         return dict(flags)
     import torch
 
     return {**flags, "device": "cuda" if torch.cuda.is_available() else "cpu"}
 
 
-def read_table(path: Path, name: str) -> dict[str, Any]:
+def refuse(flags: Mapping[str, Any], names: tuple[str, ...], command: str) -> None:
+    """Raise UsageError for a flag that would do nothing for this command."""
+    for name in names:
+        if name in flags:
+            raise UsageError(
+                f"{flag(name)} has no effect on {command}.", f"Leave {flag(name)} out."
+            )
+
+
+def read_table(path: Path | None, name: str) -> dict[str, Any]:
     """One table of a run.toml; a file without tables is its plan. Raises UsageError."""
+    if path is None:
+        return {}
     import tomllib
 
     try:
@@ -160,4 +202,7 @@ def read_table(path: Path, name: str) -> dict[str, Any]:
             f"{str(path)!r} has an unknown table [{sorted(unknown_tables)[0]}].",
             "Known: [plan] and [train].",
         )
-    return dict(document.get(name, {}))
+    table = document.get(name, {})
+    if not isinstance(table, dict):
+        raise UsageError(f"[{name}] of {str(path)!r} is not a table.", f"Write [{name}] above it.")
+    return dict(table)

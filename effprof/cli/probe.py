@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from effprof.cli.flags import default_device, plan_from, with_plan_flags
+from effprof.cli.flags import default_device, plan_from, refuse, with_plan_flags
+from effprof.errors import UsageError
 
 NAME = "probe"
 EPILOG = """\b
@@ -28,6 +29,9 @@ def command(
     """Run the plan's step for real in a process of its own and compare; exit 3 when memory runs
     out.
     """
+    refuse(flags, ("gpu", "tokens"), "a probe")
+    if not 0 < time_limit < 1e6:
+        raise UsageError(f"--time-limit cannot be {time_limit}.", "Type seconds, such as 900.")
     plan = plan_from(default_device(flags))
 
     from effprof.trainer.build import resolve_device

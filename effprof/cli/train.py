@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from effprof.cli.flags import default_device, plan_from, read_table, with_plan_flags
+from effprof.cli.flags import default_device, plan_from, read_table, refuse, with_plan_flags
+from effprof.errors import UsageError
 
 NAME = "train"
 EPILOG = """\b
@@ -75,8 +76,11 @@ def command(
         "save_every": save_every,
         "eval_every": eval_every,
     }
-    base = read_table(flags["config"], "train") if "config" in flags else {}
+    base = read_table(flags.get("config"), "train")
     given = {**base, **{key: value for key, value in given.items() if value is not None}}
+    refuse(flags, ("gpu",), "train: it uses the GPU that is here")
+    if resume and out is None:
+        raise UsageError("--resume needs to know which run.", "Add --out with the run's folder.")
     plan = plan_from(default_device(flags))
     folder = (
         out

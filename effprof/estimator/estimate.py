@@ -148,4 +148,8 @@ def _not_modelled(plan: Plan) -> tuple[str, ...]:
         found.append(
             f"the sliding-window mask ({shape.sliding_window} of {plan.seq_len} positions)"
         )
+    dropouts = ("attention_dropout", "resid_pdrop", "embd_pdrop")
+    found += [f"{key} in config.json" for key in dropouts if shape.config.get(key)]
+    if plan.halves.periods and plan.device == "cuda":
+        found.append("cuSOLVER's own workspace during a refresh; LAPACK's is counted in its place")
     return tuple(found)

@@ -92,7 +92,7 @@ def _dense_backward(forward: int, *, trainable: bool) -> int:
 
 
 def _never_recomputed(step: Step, tokens: int) -> int:
-    """Each layer's last dense product: nothing after it is saved, so recomputing ends before."""
+    """Each layer's last dense product: recomputing ends before it, nothing after is saved."""
     last = next(unit for unit in step.layer if unit.matrix.kind == "down")
     return 0 if last.layer_half else step.architecture.layers * 2 * tokens * last.matrix.numel
 
@@ -114,7 +114,7 @@ def _unneeded_gradients(step: Step, tokens: int) -> int:
 
 
 def _dense_inputs(step: Step, reads: str, tokens: int) -> int:
-    """The products that form the gradient of one activation of a layer, where dense layers read it."""
+    """Products that form the gradient of an activation of a layer, where dense layers read it."""
     units = (u for u in step.layer if u.matrix.reads == reads and not u.layer_half)
     return sum(2 * tokens * unit.matrix.numel for unit in units)
 

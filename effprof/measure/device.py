@@ -16,12 +16,13 @@ from effprof import gpus
 class DeviceMeter(Protocol):
     """``now``, ``peak`` and ``total`` are bytes; ``name`` says which meter they come from."""
 
-    name: str
-
+    @property
+    def name(self) -> str: ...
+    def begin(self) -> None: ...
     def now(self) -> int: ...
     def peak(self) -> int: ...
     def total(self) -> int: ...
-    def mfu(self, flops_per_second: float) -> float | None: ...
+    def mfu(self, flops_per_second: float, /) -> float | None: ...
 
 
 class CpuMeter:
@@ -53,6 +54,9 @@ class CudaMeter:
         self.device = device
         self._card = recognise(torch.cuda.get_device_name(device))
 
+    def begin(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
     def now(self) -> int:
         return int(torch.cuda.memory_allocated(self.device))
 
@@ -71,7 +75,9 @@ class CudaMeter:
 
 def meter(device: torch.device) -> DeviceMeter:
     """The meter of a torch device."""
-    return CudaMeter(device) if device.type == "cuda" else CpuMeter()
+    if device.type == "cuda":
+        return CudaMeter(device)
+    return CpuMeter()
 
 
 def recognise(name: str) -> gpus.Gpu | None:

@@ -49,7 +49,11 @@ def read(uuid: str | None = None, pid: int | None = None) -> tuple[GpuReading, .
         if nvml is None:
             return ()
         found = []
-        for index in range(nvml.nvmlDeviceGetCount()):
+        try:
+            count = nvml.nvmlDeviceGetCount()
+        except nvml.NVMLError:
+            return ()
+        for index in range(count):
             try:
                 handle = nvml.nvmlDeviceGetHandleByIndex(index)
                 identity = _text(nvml.nvmlDeviceGetUUID(handle))

@@ -28,16 +28,21 @@ def build(
 
     Raises NoDeviceError where a GPU is asked for and there is none.
     """
-    place = resolve_device(device or plan.device)
+    place = resolve_device(device or plan.device, plan.allocator)
     step = work_out(plan)
     model = build_model(step, place, seed=seed)
     return model, MethodOptimizer(step, trained_parameters(step, model), lr, seed=seed)
 
 
-def resolve_device(name: str) -> torch.device:
-    """The torch device of a name. Raises NoDeviceError."""
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise NoDeviceError("No CUDA GPU is available here.", "Add --device cpu to run on the CPU.")
+def resolve_device(name: str, allocator: str = "default") -> torch.device:
+    """The torch device of a name, its allocator set up. Raises NoDeviceError."""
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise NoDeviceError(
+                "No CUDA GPU is available here.", "Add --device cpu to run on the CPU."
+            )
+        if allocator == "expandable":
+            torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     return torch.device(name)
 
 
@@ -72,18 +77,15 @@ def skeleton(step: Step) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     quiet_transformers()
-    values = {k: v for k, v in step.architecture.config.items() if k != "model_type"}
-    values |= {"use_cache": False, "dtype": None, "torch_dtype": None}
+    own = ("model_type", "dtype", "torch_dtype")
+    values = {k: v for k, v in step.architecture.config.items() if k not in own}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = AutoConfig.for_model(
-            step.architecture.model_type, **{k: v for k, v in values.items() if v is not None}
+            step.architecture.model_type, **{**values, "use_cache": False}
         )
-        if (
-            isinstance(config.pad_token_id, int)
-            and not 0 <= config.pad_token_id < config.vocab_size
-        ):
-            config.pad_token_id = None  # phi3's default lies outside small vocabularies
+        # A padding id's embedding never trains, and ours has no padding: 0 is end-of-text here.
+        config.pad_token_id = None
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(
                 config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -40,18 +41,22 @@ def save(
         save_file(_contiguous({**tensors, "rng": torch.get_rng_state()}), temporary / _FILES[1])
         sums = {name: digest(temporary / name) for name in _FILES}
         document = {**state, "optimizer": table, "sha256": sums}
+        document["sha256"]["state"] = _state_digest(document)
         (temporary / "state.json").write_text(json.dumps(document), encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
             _flush(path)
+        aside = run / f".{final.name}.old"
         if final.exists():  # a resumed run that reached the same step again
-            shutil.rmtree(final)
+            final.rename(aside)
         temporary.rename(final)
         _flush(run)
+        shutil.rmtree(aside, ignore_errors=True)
     except (OSError, SafetensorError) as problem:
         shutil.rmtree(temporary, ignore_errors=True)
         cause = problem if isinstance(problem, OSError) else OSError(str(problem))
         raise cannot_write(final, cause) from None
-    for old in _found(run)[keep:]:
+    leftovers = run.glob(f".{PREFIX}*")  # of processes that were killed while they wrote
+    for old in (*_found(run)[keep:], *leftovers):
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -140,10 +145,19 @@ def _found(run: Path) -> list[Path]:
 def _checked(path: Path) -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        good = all(digest(path / name) == state["sha256"][name] for name in _FILES)
+        sums = state["sha256"]
+        good = all(digest(path / name) == sums[name] for name in _FILES)
+        good = good and sums.pop("state") == _state_digest(state)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return state if good else None
+
+
+def _state_digest(state: Mapping[str, Any]) -> str:
+    """The SHA-256 of a state's own content, its own sum left out."""
+    sums = {name: value for name, value in state["sha256"].items() if name != "state"}
+    text = json.dumps({**state, "sha256": sums}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _flush(path: Path) -> None:

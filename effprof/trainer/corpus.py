@@ -77,6 +77,10 @@ class DatasetCorpus:
     def __init__(self, name: str) -> None:
         self.name = name
 
+    def fingerprint(self) -> str:
+        """A stream is known by its name alone."""
+        return self.name.replace("/", "--")
+
     def stream(self, split: str) -> Any:
         """The streaming dataset of a split. Raises EffprofError where it cannot be loaded."""
         import datasets
@@ -99,7 +103,7 @@ def corpus(data: str | None) -> FileCorpus | DatasetCorpus:
     """
     if data is None:
         return standard_library()
-    path = Path(data)
+    path = Path(data).expanduser()
     if path.is_file():
         if not path.name.endswith(SUFFIXES):
             raise UsageError(
@@ -110,7 +114,8 @@ def corpus(data: str | None) -> FileCorpus | DatasetCorpus:
     files = sorted(p for p in matches if p.is_file() and p.name.endswith(SUFFIXES))
     if files:
         return FileCorpus(files, data)
-    if path.exists() or any(c in data for c in "*?[") or data.startswith((".", "/", "~")):
+    local = data.startswith((".", "/", "~")) or (path.parent.name and path.parent.is_dir())
+    if path.exists() or any(c in data for c in "*?[") or local:
         raise UsageError(
             f"--data {data!r} holds no readable file.",
             f"Give {', '.join(SUFFIXES)} files or a folder of them.",
@@ -137,7 +142,7 @@ def standard_library() -> FileCorpus:
 
 def _key(text: str) -> int:
     """A document's place in the split, decided by its content alone."""
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8], "big")
 
 
@@ -152,12 +157,18 @@ def _read(path: Path) -> Iterator[str]:
         import pyarrow.parquet as parquet
 
         table = parquet.ParquetFile(path)
-        if "text" not in table.schema_arrow.names:
-            raise EffprofError(f"{str(path)!r} has no column 'text'.", "Rename the text column.")
+        names = table.schema_arrow.names
+        if "text" not in names or "string" not in str(table.schema_arrow.field("text").type):
+            raise EffprofError(
+                f"{str(path)!r} has no column 'text' of strings.", "Rename the text column."
+            )
         for batch in table.iter_batches(columns=["text"]):
             yield from (text for text in batch.column(0).to_pylist() if text)
     else:
-        yield from _pieces(path.read_text(encoding="utf-8", errors="replace"))
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if text.count("\ufffd") > len(text) / 100:
+            raise EffprofError(f"{str(path)!r} is not UTF-8 text.", "Leave it out of --data.")
+        yield from _pieces(text)
 
 
 def _text_field(line: str, path: Path, number: int) -> str:
@@ -170,7 +181,7 @@ def _text_field(line: str, path: Path, number: int) -> str:
             f"Line {number} of {str(path)!r} has no string field 'text'.",
             'Each line must be a JSON object such as {"text": "…"}.',
         )
-    return text
+    return text.encode("utf-8", "replace").decode()  # a lone surrogate is no text
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -141,6 +141,8 @@ def _pad(documents: Iterable[list[int]], length: int, end: int) -> np.ndarray[An
     """
     parts = []
     for ids in documents:
+        if len(ids) < 2:
+            continue  # nothing to predict
         kept = _truncated(ids, length)
         parts.append(np.asarray([len(kept), *kept, *[end] * (length - len(kept))], dtype=np.int32))
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
@@ -203,12 +205,11 @@ class StreamBatches:
     def __init__(
         self, corpus: DatasetCorpus, tokenizer: Any, plan: Plan, split: str, device: torch.device
     ) -> None:
-        self.dataset = corpus.stream(split)
+        self.corpus, self.split = corpus, split
         self.tokenizer, self.plan, self.device = tokenizer, plan, device
         self.end = tokenizer.eos_token_id
         self.left: list[int] = []
-        self.documents = 0
-        self._rows = iter(self.dataset)
+        self._begin()
 
     def next(self) -> Batch:
         """The next micro-batch. Raises EffprofError where the stream ends."""
@@ -229,16 +230,34 @@ class StreamBatches:
         return row, length
 
     def _document(self) -> list[int]:
-        text = next(self._rows, None)
-        if text is None:
-            if not self.documents:
-                raise EffprofError("The dataset holds no document.", "Check its name and split.")
-            self._rows = iter(self.dataset)  # another epoch
-            self.documents = 0
-            return self._document()
-        self.documents += 1
-        ids = self.tokenizer.backend_tokenizer.encode(text["text"], add_special_tokens=False).ids
-        return [*ids, self.end]
+        """The next document that has something to predict; the stream begins again at its end."""
+        while True:
+            try:
+                row = next(self._rows, None)
+                text = None if row is None else row["text"]
+            except KeyError:
+                raise EffprofError(
+                    f"The dataset {self.corpus.name!r} has no column 'text'.", "Give another."
+                ) from None
+            except (OSError, RuntimeError, ValueError) as problem:
+                raise EffprofError(
+                    f"The dataset {self.corpus.name!r} cannot be read: {type(problem).__name__}.",
+                    "Check the network and go on with --resume.",
+                ) from None
+            if row is None:
+                if not self.documents:
+                    raise EffprofError("The dataset holds no document.", "Check name and split.")
+                self._begin()
+            elif text:
+                self.documents += 1
+                encoded = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+                return [*encoded.ids, self.end]
+
+    def _begin(self) -> None:
+        """The stream from its first document: a restored one would begin where it was restored."""
+        self.dataset = self.corpus.stream(self.split)
+        self._rows = iter(self.dataset)
+        self.left, self.documents = [], 0
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -249,7 +268,7 @@ class StreamBatches:
 
     def evaluation(self, batches: int) -> Iterator[Batch]:
         """The first micro-batches of the stream, the same at every call."""
-        self._rows, self.left, self.documents = iter(self.dataset), [], 0
+        self._begin()
         return (self.next() for _ in range(batches))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -6,20 +6,22 @@ from __future__ import annotations
 
 import os
 import shutil
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from effprof.errors import EffprofError
+from effprof.model import presets
 from effprof.plan import Plan, from_dict
 from effprof.step import work_out
 from effprof.trainer import checkpoint
 from effprof.trainer.build import build_model, quiet_transformers, skeleton
 from effprof.trainer.files import cannot_write
 from effprof.trainer.layer import MethodLinear
+from effprof.trainer.run import read_tables
 
 
 @torch.no_grad()
@@ -44,9 +46,10 @@ def export(model: nn.Module, tokenizer: Any, plan: Plan, folder: Path) -> Path:
             tokenizer.save_pretrained(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
-    except OSError as problem:
+    except (OSError, SafetensorError) as problem:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise cannot_write(folder, problem) from None
+        cause = problem if isinstance(problem, OSError) else OSError(str(problem))
+        raise cannot_write(folder, cause) from None
     return folder
 
 
@@ -78,17 +81,14 @@ def load(folder: str | Path, device: str = "cpu") -> nn.Module:
     Raises EffprofError where the folder is no run or holds no checkpoint.
     """
     run = Path(folder)
-    try:
-        table = tomllib.loads((run / "run.toml").read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError):
-        raise EffprofError(
-            f"{str(run)!r} is not a run folder.", "Give the --out folder of a run."
-        ) from None
+    if not (run / "run.toml").is_file():
+        raise EffprofError(f"{str(run)!r} is not a run folder.", "Give the --out folder of a run.")
+    values = read_tables(run / "run.toml")["plan"]
     found = checkpoint.newest(run)
     if found is None:
-        raise EffprofError(
-            f"{str(run)!r} holds no checkpoint.", "Train for longer, or use --save-every."
-        )
-    model = build_model(work_out(from_dict(table["plan"])), torch.device(device), seed=0)
+        raise EffprofError(f"{str(run)!r} holds no checkpoint.", "Train for longer.")
+    if values["model"] not in presets():  # the run carries its own copy of a config.json
+        values["model"] = str(run / "config.json")
+    model = build_model(work_out(from_dict(values)), torch.device(device), seed=0)
     checkpoint.load_native(found[0], model)
     return model.eval()

@@ -44,7 +44,7 @@ def cannot_write(path: Path, problem: OSError) -> EffprofError:
     """The error for a write the system refused."""
     return EffprofError(
         f"Cannot write {str(path)!r}: {problem.strerror or problem}.",
-        "Free some space or give another folder with --out; nothing half-written was kept.",
+        "Free some space or use another folder (--out, EFFPROF_HOME); nothing half-written stays.",
     )
 
 
@@ -65,7 +65,8 @@ def to_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
         for key, value in table.items():
             if value is not None and key not in nested:
                 # JSON's strings, numbers, booleans and lists are TOML's.
-                lines.append(f"{key} = {json.dumps(value)}")
+                text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+                lines.append(f"{key} = {text}")
         lines.append("")
         for key, value in nested.items():
             lines += [to_toml({f"{name}.{key}": value})]

@@ -34,6 +34,7 @@ class MethodLinear(nn.Module):
         super().__init__()
         self.layer_half, self.matrix, self.settings = half, unit.matrix, settings
         self.in_features, self.out_features = unit.matrix.columns, unit.matrix.rows
+        self.keeps_input = unit.saved.input
         self.names = tuple(tensor.name for tensor in unit.tensors)
         for declared in unit.tensors:
             dtype = DTYPES[step.dtype(declared.dtype)]
@@ -94,13 +95,15 @@ class _MethodFunction(torch.autograd.Function):
         named = dict(zip(layer.names, tensors, strict=True))
         out, saved = layer.layer_half.forward(x, named, layer.settings)
         ctx.layer, ctx.num_saved = layer, len(saved)
-        ctx.save_for_backward(x, *saved, *tensors)
+        ctx.save_for_backward(*((x,) if layer.keeps_input else ()), *saved, *tensors)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         layer: MethodLinear = ctx.layer
-        x, *rest = ctx.saved_tensors
+        kept = list(ctx.saved_tensors)
+        x = kept.pop(0) if layer.keeps_input else None
+        rest = kept
         saved, tensors = rest[: ctx.num_saved], rest[ctx.num_saved :]
         named: Mapping[str, Tensor] = dict(zip(layer.names, tensors, strict=True))
         d_x, d_tensors = layer.layer_half.backward(gradients[0], x, saved, named, layer.settings)

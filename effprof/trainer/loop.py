@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import shutil
 import signal
 import time
 from dataclasses import dataclass
@@ -61,13 +63,14 @@ class Interrupt:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.code = _SIGNALS[signal.Signals(number)]
+        self.__exit__()  # a second signal does what it always did
 
 
 def train(run: Run, *, resume: bool = False, force: bool = False) -> Outcome:
     """Train a run to its end or to a signal. Raises EffprofError; nothing already written is
     lost.
     """
-    device = resolve_device(run.plan.device)
+    device = resolve_device(run.plan.device, run.plan.allocator)
     found = open_folder(run, resume=resume)
     expected = estimate(run.plan)
     machine = meter(device)
@@ -76,11 +79,27 @@ def train(run: Run, *, resume: bool = False, force: bool = False) -> Outcome:
             f"The estimate is {expected.total:,} bytes, the device has {machine.total():,}.",
             "Use a smaller --micro-batch or --checkpointing full, or --force to try anyway.",
         )
+    _check_disk(run, expected, force=force)
+    run.write()
     with Interrupt() as interrupt:
         session = Session(run, device, expected, machine)
         if found:
             session.restore(*found)
         return session.go(interrupt)
+
+
+def _check_disk(run: Run, expected: Estimate, *, force: bool) -> None:
+    """Room for the checkpoints a run keeps, one being written, and the exported model."""
+    held = expected.step.resident()
+    checkpoint_bytes = held["weights"] + held["optimizer"] + held["buffers"]
+    needed = (KEEP_CHECKPOINTS + 1) * checkpoint_bytes + expected.step.architecture.parameters * 4
+    existing = next(path for path in (run.out, *run.out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed and not force:
+        raise EffprofError(
+            f"The run needs up to {needed:,} bytes in {str(existing)!r}, {free:,} are free.",
+            "Free some space, give another --out, or --force to try anyway.",
+        )
 
 
 class Session:
@@ -92,7 +111,13 @@ class Session:
         self.run, self.plan, self.device = run, run.plan, device
         self.expected, self.machine = expected, machine
         texts = corpus(run.data)
-        self.tokenizer = tokenizer(texts, self.plan.architecture.vocab, run.tokenizer)
+        self.fingerprint = texts.fingerprint()
+        kept = run.out / "tokenizer.json"
+        self.tokenizer = tokenizer(
+            texts, self.plan.architecture.vocab, str(kept) if kept.exists() else run.tokenizer
+        )
+        if not kept.exists():  # the ids' meaning belongs to the run, whatever becomes of the data
+            write_whole(kept, self.tokenizer.backend_tokenizer.to_str())
         self.batches: Batches | StreamBatches
         self.validation: Rows | StreamBatches
         if isinstance(texts, FileCorpus):
@@ -102,19 +127,26 @@ class Session:
         else:
             self.batches = StreamBatches(texts, self.tokenizer, self.plan, "train", device)
             self.validation = StreamBatches(texts, self.tokenizer, self.plan, "validation", device)
+        machine.begin()
         self.model: nn.Module
         self.optimizer: MethodOptimizer
         self.model, self.optimizer = build(self.plan, str(device), lr=run.lr, seed=run.seed)
         self.optimizer.clock.total_updates = run.steps
-        self.stepped: nn.Module = torch.compile(self.model) if self.plan.compile else self.model  # type: ignore[assignment]
+        if self.plan.compile:
+            self.model.compile()
         self.step, self.tokens, self.real_tokens = 0, 0, 0
+        self.saved_at: int | None = None
         self.resumed_at: int | None = None
-        run.write()
 
     def restore(self, path: Path, state: dict[str, Any]) -> None:
         """Go on from a checkpoint: weights, optimizer, random state, place in the data; later
         metrics are cut.
         """
+        if state["corpus"] != self.fingerprint:
+            raise EffprofError(
+                f"The data of {str(self.run.out)!r} has changed since step {state['step']}.",
+                "Put the old files back, or start again with another --out.",
+            )
         checkpoint.restore(path, state, self.model, self.optimizer)
         self.batches.load_state_dict(state["data"])
         self.step, self.tokens, self.real_tokens = (
@@ -122,17 +154,14 @@ class Session:
             state["tokens"],
             state["real_tokens"],
         )
-        self.resumed_at = self.step
-        metrics = self.run.out / "metrics.jsonl"
-        if metrics.exists():
-            kept = [row for row in _whole_rows(metrics) if json.loads(row)["step"] <= self.step]
-            write_whole(metrics, "".join(f"{row}\n" for row in kept))
+        self.saved_at = self.resumed_at = self.step
 
     def go(self, interrupt: Interrupt) -> Outcome:
         """Update until the run's last step or a signal, then evaluate, save and export."""
         run, start = self.run, time.monotonic()
+        self._cut_metrics()
         with (
-            open(run.out / "metrics.jsonl", "a", encoding="utf-8", buffering=1) as log,
+            Log(run.out / "metrics.jsonl") as log,
             LiveLine(run.steps, self.step, self.expected.total) as live,
         ):
             if self.resumed_at is not None:
@@ -140,25 +169,35 @@ class Session:
             while self.step < run.steps and not interrupt.code:
                 metrics = self._update()
                 if run.eval_every and self.step % run.eval_every == 0 and self.step < run.steps:
-                    result = self._validate(EVAL_BATCHES)
-                    metrics |= {"validation_loss": result.loss}
-                    live.note(f"step {self.step}: validation loss {result.loss:.4f}")
-                _append(log, metrics, run.out)
+                    result = self._validate(EVAL_BATCHES, interrupt)
+                    if result:
+                        metrics |= {"validation_loss": result.loss}
+                        live.note(f"step {self.step}: validation loss {result.loss:.4f}")
+                log.append(metrics)
                 live.show(metrics)
                 if run.save_every and self.step % run.save_every == 0:
                     self._save()
             path = self._save()
+            if not interrupt.code:
+                live.note("Validating and writing the model …")
+            result = None if interrupt.code else self._validate(None, interrupt)
             if interrupt.code:
                 live.note(
-                    f"Interrupted at step {self.step}; checkpoint {path}. Go on with --resume."
+                    f"Interrupted at step {self.step}; checkpoint {path}. "
+                    f"Go on with the same command and --out {run.out} --resume."
                 )
                 return Outcome(interrupt.code, self._summary(None, time.monotonic() - start))
-            live.note("Validating and writing the model …")
-            result = self._validate(None)
         summary = self._summary(result, time.monotonic() - start)
         export(self.model, self.tokenizer, self.plan, run.out / "model")
         write_whole(run.out / "summary.json", json.dumps(summary, indent=1) + "\n")
         return Outcome(0, summary)
+
+    def _cut_metrics(self) -> None:
+        """Rows beyond the checkpoint, or of a run that left none, will be written again."""
+        path = self.run.out / "metrics.jsonl"
+        if path.exists():
+            kept = [row for row in _whole_rows(path) if json.loads(row)["step"] <= self.step]
+            write_whole(path, "".join(f"{row}\n" for row in kept))
 
     def _update(self) -> dict[str, Any]:
         """One optimizer update on the next micro-batches, and its metrics."""
@@ -170,13 +209,10 @@ class Session:
             group["lr"] = lr
         batches = [self.batches.next() for _ in range(self.plan.grad_accum)]
         loss = float(
-            training_step(self.stepped, self.optimizer, batches, self.plan, clip=self.run.clip)
+            training_step(self.model, self.optimizer, batches, self.plan, clip=self.run.clip)
         )
         if not math.isfinite(loss):
-            raise EffprofError(
-                f"The loss is {loss} at step {self.step + 1}.",
-                "Use a smaller --lr, --clip 1 or --dtype fp32; the last checkpoint is kept.",
-            )
+            raise self._diverged(f"The loss is {loss} at step {self.step + 1}.")
         seconds = time.perf_counter() - began
         positions = self.plan.global_batch * self.plan.seq_len
         self.step += 1
@@ -196,22 +232,42 @@ class Session:
             "mfu": self.machine.mfu(self.expected.flops.dense_equivalent / seconds),
         }
 
-    def _validate(self, batches: int | None) -> Validation:
-        """Over ``batches`` micro-batches, or all of the split; a stream has no all."""
+    def _diverged(self, message: str) -> EffprofError:
+        kept = (
+            f"the checkpoint of step {self.saved_at} is kept"
+            if self.saved_at
+            else "there is no checkpoint yet"
+        )
+        return EffprofError(message, f"Use a smaller --lr, --clip 1 or --dtype fp32; {kept}.")
+
+    def _validate(self, batches: int | None, interrupt: Interrupt) -> Validation | None:
+        """Over ``batches`` micro-batches or all of the split; None where a signal cut it short."""
         if isinstance(self.validation, StreamBatches):
-            return evaluate(
-                self.model, self.validation.evaluation(batches or EVAL_BATCHES), self.plan
-            )
-        return evaluate(self.model, self.validation.evaluation(batches, self.device), self.plan)
+            drawn = self.validation.evaluation(batches or EVAL_BATCHES)
+        else:
+            drawn = self.validation.evaluation(batches, self.device)
+        result = evaluate(
+            self.model, itertools.takewhile(lambda batch: not interrupt.code, drawn), self.plan
+        )
+        return None if interrupt.code else result
 
     def _save(self) -> Path:
+        path = self.run.out / f"{checkpoint.PREFIX}{self.step:08d}"
+        if self.saved_at == self.step:
+            return path
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise self._diverged(f"A weight is no longer finite at step {self.step}.")
         state = {
             "step": self.step,
             "tokens": self.tokens,
             "real_tokens": self.real_tokens,
             "data": self.batches.state_dict(),
+            "corpus": self.fingerprint,
+            "run": self.run.identity(),
         }
-        return checkpoint.save(self.run.out, self.model, self.optimizer, state, KEEP_CHECKPOINTS)
+        path = checkpoint.save(self.run.out, self.model, self.optimizer, state, KEEP_CHECKPOINTS)
+        self.saved_at = self.step
+        return path
 
     def _summary(self, result: Validation | None, seconds: float) -> dict[str, Any]:
         return {
@@ -240,11 +296,28 @@ class Session:
         }
 
 
-def _append(log: Any, metrics: dict[str, Any], out: Path) -> None:
-    try:
-        log.write(json.dumps(metrics) + "\n")
-    except OSError as problem:
-        raise cannot_write(out / "metrics.jsonl", problem) from None
+class Log:
+    """Appends one JSON object per line, each by a single unbuffered write."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Log:
+        try:
+            self._file = open(self.path, "ab", buffering=0)
+        except OSError as problem:
+            raise cannot_write(self.path, problem) from None
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Raises EffprofError where the disk refuses."""
+        try:
+            self._file.write((json.dumps(row) + "\n").encode())
+        except OSError as problem:
+            raise cannot_write(self.path, problem) from None
 
 
 def _whole_rows(path: Path) -> list[str]:

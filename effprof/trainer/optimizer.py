@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from effprof import registry
-from effprof.registry import Clock, Group, Method
+from effprof.registry import Clock, Group
 from effprof.registry import Tensor as Declared
 from effprof.step import Step, Trained
 from effprof.trainer.layer import DTYPES
@@ -125,7 +125,8 @@ class MethodOptimizer(torch.optim.Optimizer):
         for index, values in state_dict["state"].items():
             parameter = parameters[int(index)]
             self.state[parameter] = {
-                name: value.detach().clone().to(parameter.device) for name, value in values.items()
+                name: value.detach().clone().to(self._home(name, parameter))
+                for name, value in values.items()
             }
         for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in loaded.items() if key != "params"})
@@ -133,6 +134,7 @@ class MethodOptimizer(torch.optim.Optimizer):
         if self._torch is not None:
             self._link(self._torch)
 
-    @property
-    def method(self) -> Method:
-        return self._method
+    def _home(self, name: str, parameter: nn.Parameter) -> torch.device:
+        """Where a state tensor lives: torch reads its step counters on the CPU unless fused."""
+        counted = self._trained[parameter].hosted and self._step.plan.optimizer_impl != "fused"
+        return torch.device("cpu") if counted and name == "step" else parameter.device

@@ -84,6 +84,7 @@ def _read(path: Path) -> dict[str, Any]:
 def main() -> None:
     """The child: a plan on standard input, the measurement into the file named by the argument."""
     path, plan = Path(sys.argv[1]), from_dict(json.load(sys.stdin))
+    _die_with_parent()
     with contextlib.suppress(OSError):  # short of memory, Linux is to end this process and no other
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     measured: dict[str, Any] = {"reached": "start"}
@@ -99,11 +100,20 @@ def main() -> None:
         report(outcome="ok")
     except EffprofError as error:
         report(outcome="error", detail=error.message, hint=error.hint)
-    except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
-            raise
-        report(outcome="oom", detail=str(error).splitlines()[0])
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the probe's result
+        kind = "oom" if _out_of_memory(error) else "failed"
+        lines = str(error).splitlines() or [""]
+        report(outcome=kind, detail=f"{type(error).__name__}: {lines[0]}")
         os._exit(0)  # unwinding a profiler that ran out of memory would only crash
+
+
+def _die_with_parent() -> None:
+    """On Linux: a probe whose parent was killed must not go on alone."""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        set_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -120,7 +130,7 @@ def _measure(plan: Plan, report: Callable[..., None]) -> None:
 
     from effprof.trainer.build import resolve_device
 
-    device = resolve_device(plan.device)
+    device = resolve_device(plan.device, plan.allocator)
     torch.manual_seed(0)
     if device.type == "cuda":
         _measure_cuda(plan, device, report)
@@ -141,6 +151,8 @@ def _measure_cpu(plan: Plan, device: Any, report: Callable[..., None]) -> None:
     recorder = CpuRecorder()
     recorder.start()
     model, optimizer = build(plan, lr=1e-4)
+    if plan.compile:
+        model.compile()
     recorder.name(pointers(dict(model.named_parameters()), "weights"))
     recorder.name(pointers(dict(model.named_buffers()), "buffers"))
     kinds = ["first", *["steady"] * STEADY_UPDATES, *(["periodic"] if plan.halves.periods else [])]
@@ -185,9 +197,11 @@ def _measure_cuda(plan: Plan, device: Any, report: Callable[..., None]) -> None:
     torch.cuda.set_device(device)
     torch.cuda.reset_peak_memory_stats(device)
     model, optimizer = build(plan, lr=1e-4)
+    if plan.compile:
+        model.compile()
     kinds = ["first", *["steady"] * STEADY_UPDATES, *(["periodic"] if plan.halves.periods else [])]
     peaks: dict[str, int] = {}
-    place = ["build"]
+    place = ["build", "build"]
 
     def on_phase(phase: str) -> None:
         torch.cuda.synchronize(device)
@@ -202,9 +216,10 @@ def _measure_cuda(plan: Plan, device: Any, report: Callable[..., None]) -> None:
         _say(f"update {number} of {len(kinds)} ({kind})")
         if kind == "periodic":
             force_periodic(optimizer, plan)
+        on_phase("forward")
         place[0] = kind
         one_update(model, optimizer, plan, device, on_phase)
-        on_phase("between")
+        on_phase("update")
         reserved = max(reserved, torch.cuda.memory_reserved(device))
     where = max(peaks, key=lambda key: peaks[key])
     update, _, phase = where.partition("/")
@@ -256,15 +271,16 @@ def one_update(
 
 
 def random_batch(plan: Plan, device: Any) -> Any:
-    """Rows of random tokens: memory and time do not depend on what they say."""
+    """Rows of random tokens as the plan lays them out: memory and time do not read them."""
+    import numpy as np
     import torch
 
-    from effprof.trainer.data import Batch
+    from effprof.trainer.data import make_batch
 
     size = (plan.micro_batch, plan.seq_len)
-    ids = torch.randint(0, plan.architecture.vocab, size, device=device)
-    targets = plan.micro_batch * (plan.seq_len - 1)
-    return Batch(ids, ids, None, targets, ids.numel())
+    ids = torch.randint(0, plan.architecture.vocab, size).numpy()
+    lengths = np.full(plan.micro_batch, plan.seq_len) if plan.rows == "padded" else None
+    return make_batch(ids, lengths, plan, 0, device)
 
 
 def _timed(model: Any, optimizer: Any, plan: Plan, device: Any) -> dict[str, Any]:

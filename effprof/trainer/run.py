@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import sys
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from effprof.errors import UsageError, unknown
-from effprof.plan import Plan, from_dict, nearest_size
+from effprof.plan import Plan, flag, nearest_size
 from effprof.trainer import checkpoint, schedule
 from effprof.trainer.files import to_toml, write_whole
 
@@ -37,47 +40,46 @@ class Run:
 
     def table(self) -> dict[str, Any]:
         """The ``[train]`` table of run.toml."""
-        fields = dataclasses.asdict(dataclasses.replace(self, plan=None))  # type: ignore[arg-type]
-        return {k: v for k, v in fields.items() if k not in ("plan", "out")}
+        return {name: getattr(self, name) for name in _TRAIN_FIELDS}
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the run that was."""
+        train = {k: v for k, v in self.table().items() if k not in ("save_every", "eval_every")}
+        return {"plan": self.plan.as_dict(), "train": train}
 
     def write(self) -> None:
-        """Write run.toml into the run's folder."""
+        """Write run.toml, and the model's config.json, into the run's folder."""
         tables = {"plan": self.plan.as_dict(), "train": self.table()}
         header = "# Written by effprof train; `effprof train --config` reads it.\n"
         write_whole(self.out / "run.toml", header + to_toml(tables))
+        config = json.dumps(dict(self.plan.architecture.config), indent=1)
+        write_whole(self.out / "config.json", config + "\n")
+
+
+_TRAIN_FIELDS = tuple(f.name for f in dataclasses.fields(Run) if f.name not in ("plan", "out"))
+_WHOLE = ("steps", "warmup", "seed", "save_every", "eval_every")
+_REAL = ("lr", "clip")
 
 
 def make(plan: Plan, out: Path, given: Mapping[str, Any]) -> Run:
-    """A run from flags; unset ones take their defaults. Raises UsageError for a value that
-    cannot be.
-    """
-    values = {key: value for key, value in given.items() if value is not None}
-    per_update = plan.global_batch * plan.seq_len
-    steps = values.pop("steps", None)
-    if plan.tokens:
-        by_tokens = -(-plan.tokens // per_update)
-        if steps not in (None, by_tokens):
-            raise UsageError(
-                f"--steps {steps} disagrees with --tokens {plan.tokens}, which are {by_tokens} "
-                f"updates.",
-                "Give one of them.",
-            )
-        steps = by_tokens
-    if steps is None:
-        raise UsageError("How long should it train?", "Type --steps 1000 or --tokens 100M.")
-    lr = values.pop("lr", None) or default_lr(plan)
-    warmup = values.pop("warmup", None)
-    run = Run(plan, out, steps, lr, steps // 10 if warmup is None else warmup, **values)
+    """A run from flags, unset ones at their defaults. Raises UsageError for a bad value."""
+    values = {key: _checked(key, value) for key, value in given.items() if value is not None}
+    _check_plan(plan)
+    steps = _steps(plan, values.pop("steps", None))
+    lr = values.pop("lr", default_lr(plan))
+    warmup = values.pop("warmup", steps // 10)
+    run = Run(plan, out, steps, lr, warmup, **values)
     for name in ("steps", "lr"):
         if getattr(run, name) <= 0:
             raise UsageError(
-                f"--{name} must be positive, not {getattr(run, name)}.", f"Type --{name} 100."
+                f"--{name} must be positive, not {getattr(run, name)}.",
+                "Leave it out for a default.",
             )
     for name in ("warmup", "clip", "save_every", "eval_every", "seed"):
         if getattr(run, name) < 0:
             raise UsageError(
-                f"--{name.replace('_', '-')} must not be negative, not {getattr(run, name)}.",
-                "Type 0 to turn it off.",
+                f"{flag(name)} must not be negative, not {getattr(run, name)}.",
+                f"Type {flag(name)} 0.",
             )
     if run.warmup > run.steps:
         raise UsageError(
@@ -89,6 +91,52 @@ def make(plan: Plan, out: Path, given: Mapping[str, Any]) -> Run:
     return run
 
 
+def _checked(name: str, value: Any) -> Any:
+    """A value of the right type, whether it came from a flag or a file. Raises UsageError."""
+    if name not in _TRAIN_FIELDS:
+        raise unknown("[train] setting", name, _TRAIN_FIELDS)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if name in _WHOLE:
+        good = number and isinstance(value, int) and abs(value) < 2**31
+    elif name in _REAL:
+        good = number and math.isfinite(value)
+    else:
+        good = isinstance(value, str) and value != ""
+    if not good:
+        kind = "whole number" if name in _WHOLE else "number" if name in _REAL else "text"
+        raise UsageError(f"{flag(name)} cannot be {value!r}.", f"Give a {kind}.")
+    return value
+
+
+def _check_plan(plan: Plan) -> None:
+    """What a plan may say for an estimate and a run cannot do, or would ignore."""
+    if plan.dtype == "amp-fp16":
+        raise UsageError(
+            "--dtype amp-fp16 needs loss scaling, which this version does not do.",
+            "Use --dtype amp-bf16 or fp32.",
+        )
+    if plan.gpu:
+        raise UsageError(
+            f"--gpu {plan.gpu} has no effect on a run: it uses the GPU that is here.",
+            "Leave --gpu out.",
+        )
+
+
+def _steps(plan: Plan, steps: int | None) -> int:
+    """The number of updates, from ``--steps`` or ``--tokens``. Raises UsageError."""
+    if plan.tokens:
+        by_tokens = -(-plan.tokens // (plan.global_batch * plan.seq_len))
+        if steps not in (None, by_tokens):
+            raise UsageError(
+                f"--steps {steps} disagrees with --tokens {plan.tokens}: {by_tokens} updates.",
+                "Give one of them.",
+            )
+        return by_tokens
+    if steps is None:
+        raise UsageError("How long should it train?", "Type --steps 1000 or --tokens 100M.")
+    return steps
+
+
 def default_lr(plan: Plan) -> float:
     """The learning rate published for the nearest size, by the half that sets it."""
     rates = plan.halves.facts.lr or plan.halves.update.FACTS.lr
@@ -96,46 +144,48 @@ def default_lr(plan: Plan) -> float:
 
 
 def open_folder(run: Run, *, resume: bool) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to go on from, if any. Never overwrites: a used folder without --resume is
-    refused.
+    """The checkpoint to go on from, or None for a start. A folder in use is never overwritten.
+
+    Raises UsageError for a folder that is not this run's, EffprofError for one that cannot be used.
     """
-    used = run.out.exists() and (not run.out.is_dir() or any(run.out.iterdir()))
-    if not used:
-        return None
-    if not resume:
+    if run.out.exists() and not run.out.is_dir():
+        raise UsageError(f"--out {str(run.out)!r} is not a folder.", "Give another --out.")
+    used = run.out.is_dir() and any(run.out.iterdir())
+    if used and not resume:
         raise UsageError(
             f"The folder {str(run.out)!r} is not empty.",
             "Add --resume to go on, or give another --out.",
         )
-    _check_same(run)
-    return checkpoint.newest(run.out, _say_damaged)
+    found = checkpoint.newest(run.out, _say_damaged) if used else None
+    if used:
+        _check_same(run, found[1]["run"] if found else read_tables(run.out / "run.toml"))
+    return found
+
+
+def read_tables(path: Path) -> dict[str, Any]:
+    """The plan and train tables of a run.toml. Raises UsageError where it is not one."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        return {"plan": dict(tables["plan"]), "train": dict(tables["train"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(
+            f"The folder {str(path.parent)!r} is not empty and not a run of effprof.",
+            "Give another --out folder.",
+        ) from None
 
 
 def _say_damaged(path: Path) -> None:
     sys.stderr.write(f"Warning: {path} is damaged and was passed over.\n")
 
 
-def _check_same(run: Run) -> None:
-    """A resumed run must be the run that was: only its length's bookkeeping may change."""
-    import tomllib
-
-    path = run.out / "run.toml"
-    if not path.exists():
-        return
-    table = tomllib.loads(path.read_text(encoding="utf-8"))
-    before, now = from_dict(table["plan"]), run.plan
-    if before != now:
-        old, new = before.as_dict(), now.as_dict()
-        key = next(name for name in old if old[name] != new[name])
-        raise UsageError(
-            f"{str(run.out)!r} was started with {key} = {old[key]!r}, not {new[key]!r}.",
-            f"Resume with --config {path}, or give another --out.",
-        )
-    train, wanted = table["train"], run.table()
-    for key in ("steps", "lr", "warmup", "schedule", "clip", "seed", "data", "tokenizer"):
-        if train.get(key) != wanted[key]:
-            raise UsageError(
-                f"{str(run.out)!r} was started with {key} = {train.get(key)!r}, not "
-                f"{wanted[key]!r}.",
-                f"Resume with --config {path}, or give another --out.",
-            )
+def _check_same(run: Run, before: Mapping[str, Any]) -> None:
+    """A resumed run must be the run that was, in everything that decides its losses."""
+    wanted = json.loads(json.dumps(run.identity()))
+    for table, values in wanted.items():
+        for key, value in values.items():
+            old = before[table].get(key)
+            if old != value:
+                raise UsageError(
+                    f"{str(run.out)!r} was started with {key} = {old!r}, not {value!r}.",
+                    f"Type --config {run.out / 'run.toml'} --out {run.out} --resume.",
+                )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from effprof.errors import EffprofError
 from effprof.plan import Plan
 from effprof.trainer.data import Batch
 from effprof.trainer.layer import DTYPES
@@ -31,7 +32,12 @@ def training_step(
     Each micro-batch weighs by its targets, so accumulation equals one large batch. ``on_phase`` is
     told forward, backward and update as they begin.
     """
+    micro_batches = [batch for batch in micro_batches if batch.targets]
     targets = sum(batch.targets for batch in micro_batches)
+    if not targets:
+        raise EffprofError(
+            "An update's rows hold nothing to predict.", "Use a longer --seq-len or other --rows."
+        )
     total: Tensor | None = None
     for batch in micro_batches:
         on_phase("forward")

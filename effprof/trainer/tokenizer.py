@@ -5,7 +5,6 @@ by path.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from effprof.errors import UsageError
@@ -14,6 +13,7 @@ from effprof.trainer.files import home, write_whole
 
 END = "<|endoftext|>"
 MAX_VOCAB = 8192
+MIN_VOCAB = 257
 _TRAINING_CHARACTERS = 20_000_000
 
 
@@ -23,7 +23,7 @@ def tokenizer(corpus: FileCorpus | DatasetCorpus, vocab: int, path: str | None) 
 
     if path:
         chosen = _load(path)
-        if chosen.eos_token_id is None:
+        if chosen.eos_token_id is None or chosen.eos_token_id >= len(chosen):
             raise UsageError(
                 f"The tokenizer {path!r} has no end-of-text token.", "Give one that has eos_token."
             )
@@ -34,8 +34,12 @@ def tokenizer(corpus: FileCorpus | DatasetCorpus, vocab: int, path: str | None) 
             )
         return chosen
     size = min(vocab, MAX_VOCAB)
-    key = corpus.fingerprint() if isinstance(corpus, FileCorpus) else corpus.name.replace("/", "--")
-    cached = home() / "tokenizers" / f"{key}-{size}.json"
+    if size < MIN_VOCAB:
+        raise UsageError(
+            f"A vocabulary of {vocab} cannot hold the {MIN_VOCAB} tokens of bytes and end of text.",
+            f"Use a model with vocab_size {MIN_VOCAB} or more, or give --tokenizer.",
+        )
+    cached = home() / "tokenizers" / f"{corpus.fingerprint()}-{size}.json"
     if not cached.exists():
         write_whole(cached, _train(_sample(corpus), size))
     return PreTrainedTokenizerFast(tokenizer_file=str(cached), eos_token=END, pad_token=END)
@@ -44,15 +48,11 @@ def tokenizer(corpus: FileCorpus | DatasetCorpus, vocab: int, path: str | None) 
 def _load(path: str) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if path.endswith(".json"):
-        if not Path(path).is_file():
-            raise UsageError(
-                f"--tokenizer {path!r} does not exist.", "Give a tokenizer.json or a folder."
-            )
-        return PreTrainedTokenizerFast(tokenizer_file=path, eos_token=END)
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as problem:  # noqa: BLE001 - transformers raises many kinds
+        if not path.endswith(".json"):
+            return AutoTokenizer.from_pretrained(path)
+        return PreTrainedTokenizerFast(tokenizer_file=path, eos_token=END)
+    except Exception as problem:  # noqa: BLE001 - tokenizers raises plain exceptions of many kinds
         raise UsageError(
             f"Cannot load the tokenizer {path!r}: {type(problem).__name__}.",
             "Give a folder saved by save_pretrained, a tokenizer.json, or a name on the hub.",
