@@ -114,7 +114,7 @@ class Plan:
         )
         if not targets:
             bad = next((t for t in self.targets if t not in TARGETS), "")
-            raise unknown("--targets value", bad, TARGETS)
+            raise unknown("--targets value", str(bad), TARGETS)
         self._set("targets", targets)
         for name, (value, hint) in _NOT_YET.items():
             if getattr(self, name) == value or (name == "parallel" and self.parallel != "none"):

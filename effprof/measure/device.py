@@ -26,17 +26,23 @@ class DeviceMeter(Protocol):
 
 
 class CpuMeter:
-    """This process's resident set, libraries included: the CPU allocator itself keeps no
-    counters.
-    """
+    """This process's resident set above what it was at ``begin``: the allocator has no counters."""
 
-    name = "process RSS"
+    name = "resident set, libraries left out"
+
+    def __init__(self) -> None:
+        self._base = 0
+
+    def begin(self) -> None:
+        """What is resident now, libraries and data, is not the run's."""
+        self._base = int(psutil.Process().memory_info().rss)
 
     def now(self) -> int:
-        return int(psutil.Process().memory_info().rss)
+        return max(int(psutil.Process().memory_info().rss) - self._base, 0)
 
     def peak(self) -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return int(max(peak - self._base, self.now()))
 
     def total(self) -> int:
         return int(psutil.virtual_memory().total)

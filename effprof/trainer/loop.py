@@ -246,9 +246,12 @@ class Session:
             drawn = self.validation.evaluation(batches or EVAL_BATCHES)
         else:
             drawn = self.validation.evaluation(batches, self.device)
-        result = evaluate(
-            self.model, itertools.takewhile(lambda batch: not interrupt.code, drawn), self.plan
-        )
+        until_signal = itertools.takewhile(lambda batch: not interrupt.code, drawn)
+        try:
+            result = evaluate(self.model, until_signal, self.plan)
+        except EffprofError:
+            if not interrupt.code:
+                raise
         return None if interrupt.code else result
 
     def _save(self) -> Path:
