@@ -35,7 +35,6 @@ TARGETS = ("attention", "mlp")
 _NOT_YET: dict[str, tuple[Any, str]] = {
     "state_dtype": ("8bit", "Use --state-dtype same or fp32."),
     "master_weights": ("fp32", "Use --dtype amp-bf16, which keeps fp32 weights."),
-    "attention_mask": ("full", "Leave --attention-mask out: the loop passes no mask."),
     "loss": ("chunked", "Use --loss standard."),
     "per_layer_update": (True, "Leave --per-layer-update out."),
     "parallel": ("ddp", "Use one GPU."),

@@ -41,7 +41,9 @@ def _plan_flags(
         str | None, _option("Activation checkpointing: none or full. [none]")
     ] = None,
     attention: Annotated[str | None, _option("sdpa, eager or math. [sdpa]")] = None,
-    attention_mask: Annotated[str | None, _option("none. [none]")] = None,
+    attention_mask: Annotated[
+        str | None, _option("none, or full as transformers 4 builds it. [none]")
+    ] = None,
     loss: Annotated[str | None, _option("standard. [standard]")] = None,
     rows: Annotated[str | None, _option("packed, packed-isolated or padded. [packed]")] = None,
     per_layer_update: Annotated[

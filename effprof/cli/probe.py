@@ -29,7 +29,7 @@ def command(
     """Run the plan's step for real in a process of its own and compare; exit 3 when memory runs
     out.
     """
-    refuse(flags, ("gpu", "tokens"), "a probe")
+    refuse(flags, ("gpu", "tokens", "attention_mask"), "a probe")
     if not 0 < time_limit < 1e6:
         raise UsageError(f"--time-limit cannot be {time_limit}.", "Type seconds, such as 900.")
     plan = plan_from(default_device(flags))

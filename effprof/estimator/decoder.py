@@ -110,10 +110,12 @@ class Decoder:
         return ops.to(graph, cos, itemsize, "cos"), ops.to(graph, sin, itemsize, "sin")
 
     def _mask(self, itemsize: int) -> Value | None:
-        """The additive mask that eager attention always builds; sdpa needs none for packed rows."""
-        if self.plan.attention != "eager":
-            return None
-        return self.graph.allocate(self._mask_numel(), itemsize, "causal_mask", "activations")
+        """eager's additive mask, always; sdpa's of booleans where rows are not plainly causal."""
+        if self.plan.attention == "eager":
+            return self.graph.allocate(self._mask_numel(), itemsize, "causal_mask", "activations")
+        if self.plan.attention_mask == "full" or self.plan.rows == "packed-isolated":
+            return self.graph.allocate(self._mask_numel(), 1, "causal_mask", "activations")
+        return None
 
     def _mask_numel(self) -> int:
         return self.plan.micro_batch * self.plan.seq_len**2
@@ -345,7 +347,9 @@ def attend(decoder: Decoder, query: Value, key: Value, value: Value, mask: Value
     groups = shape.heads // shape.kv_heads
     if plan.attention == "sdpa":
         query, key, value = (ops.to(graph, x, compute, "sdpa_cast") for x in (query, key, value))
-        return _flash(decoder, query, key, value)
+        if mask is not None and groups > 1:  # grouped heads and a mask are not taken together
+            key, value = (ops.copy(graph, x, x.numel * groups, "repeat_kv") for x in (key, value))
+        return _flash(decoder, query, key, value, mask)
     scores_numel = plan.positions * shape.heads * plan.seq_len
     if groups > 1:
         key, value = (ops.copy(graph, x, x.numel * groups, "repeat_kv") for x in (key, value))
@@ -354,14 +358,14 @@ def attend(decoder: Decoder, query: Value, key: Value, value: Value, mask: Value
     return _math(decoder, query, key, value, scores_numel)
 
 
-def _flash(decoder: Decoder, query: Value, key: Value, value: Value) -> Value:
-    """scaled_dot_product_attention's flash kernel: saves its inputs, its output and the
-    log-sum-exp.
-    """
+def _flash(decoder: Decoder, query: Value, key: Value, value: Value, mask: Value | None) -> Value:
+    """SDPA's fused kernels: save inputs, output, log-sum-exp, and a mask as numbers."""
     graph, plan, shape = decoder.graph, decoder.plan, decoder.shape
     out = graph.allocate(query.numel, query.itemsize, "attention")
     lse = graph.allocate(plan.positions * shape.heads, 4, "logsumexp")
     saved = [query, key, value, out, lse]
+    if mask is not None:
+        saved.append(graph.allocate(mask.numel, query.itemsize, "mask_bias"))
     if plan.device == "cuda":
         saved += [graph.allocate(1, 8, "philox_seed"), graph.allocate(1, 8, "philox_offset")]
     sizes = [(x.numel, x.itemsize) for x in (query, key, value)]

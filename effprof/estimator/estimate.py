@@ -141,8 +141,6 @@ def _not_modelled(plan: Plan) -> tuple[str, ...]:
     found = []
     if plan.compile:
         found.append("--compile: fused kernels keep other tensors than eager ones")
-    if plan.rows == "packed-isolated":
-        found.append("--rows packed-isolated: the block-diagonal attention mask")
     shape = plan.architecture
     if shape.sliding_window and plan.seq_len > shape.sliding_window and plan.attention != "eager":
         found.append(

@@ -114,7 +114,7 @@ def _describe(result: Estimate) -> str:
         f"{plan.micro_batch} × {plan.seq_len} positions",
         f"accumulation {plan.grad_accum}" if plan.grad_accum > 1 else "",
         plan.dtype,
-        f"{plan.update} updates" if plan.update != plan.method else "",
+        f"{plan.update} updates" if plan.update != registry.method(plan.method).update_name else "",
         f"AdamW {plan.optimizer_impl}",
         f"attention {plan.attention}",
         "checkpointing" if plan.checkpointing == "full" else "",
@@ -153,7 +153,11 @@ def _show_fits(out: Console, result: Estimate) -> None:
             Text(f"{fit.gpu.title}: {verdict}", style="bold green" if fit.fits else "bold red")
         )
         return
-    holds = [f"{fit.gpu.title} (+{gib(fit.headroom, 1)})" for fit in result.fits if fit.fits]
+    holds = [
+        f"{fit.gpu.title} (+{gib(fit.headroom, 1)})".replace(" ", "\u00a0")  # wrapped whole
+        for fit in result.fits
+        if fit.fits
+    ]
     out.print("Fits on: " + (", ".join(holds) if holds else "none of the common cards"))
 
 

@@ -279,6 +279,7 @@ def random_batch(plan: Plan, device: Any) -> Any:
 
     size = (plan.micro_batch, plan.seq_len)
     ids = torch.randint(0, plan.architecture.vocab, size).numpy()
+    ids[:, plan.seq_len // 2] = 0  # rows of two documents: isolated ones need a mask then
     lengths = np.full(plan.micro_batch, plan.seq_len) if plan.rows == "padded" else None
     return make_batch(ids, lengths, plan, 0, device)
 

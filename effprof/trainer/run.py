@@ -115,6 +115,11 @@ def _check_plan(plan: Plan) -> None:
             "--dtype amp-fp16 needs loss scaling, which this version does not do.",
             "Use --dtype amp-bf16 or fp32.",
         )
+    if plan.attention_mask == "full":
+        raise UsageError(
+            "--attention-mask full has no effect on a run: the loop passes no mask.",
+            "Leave --attention-mask out; it models other people's loops.",
+        )
     if plan.gpu:
         raise UsageError(
             f"--gpu {plan.gpu} has no effect on a run: it uses the GPU that is here.",
