@@ -19,7 +19,7 @@ from effprof.model import architecture
 from effprof.plan import Plan
 from effprof.registry import Clock, Group
 from effprof.step import work_out
-from effprof.trainer import probe
+from effprof.trainer import probe_child as probe
 from effprof.trainer.build import build, skeleton
 from effprof.trainer.step import training_step
 

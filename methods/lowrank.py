@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from effprof.model import Matrix
 from effprof.registry import Facts, Flops, Saved, Tensor
 
-from . import _checks, full
+from . import _checks, _factors, full
 
 if TYPE_CHECKING:
     from torch import Tensor as TorchTensor
@@ -99,9 +99,8 @@ def init(
     import torch
 
     if dense is not None:
-        left, values, right = torch.linalg.svd(dense.float(), full_matrices=False)
-        root = (values[: settings.rank] * (settings.rank / settings.alpha)).sqrt()
-        return {"A": root[:, None] * right[: settings.rank], "B": left[:, : settings.rank] * root}
+        a, b = _factors.balanced(dense, settings.rank, settings.alpha)
+        return {"A": a, "B": b}
     generator = torch.Generator().manual_seed(seed)
     a_bound, b_bound = matrix.columns**-0.5, settings.rank**-0.5
     a = torch.empty(settings.rank, matrix.columns)

@@ -15,7 +15,7 @@ from effprof.errors import UsageError
 from effprof.model import Matrix
 from effprof.registry import Facts, Flops, Saved, Tensor
 
-from . import _checks, full
+from . import _checks, _factors, full
 
 if TYPE_CHECKING:
     from torch import Tensor as TorchTensor
@@ -138,9 +138,7 @@ def init(
     indices = torch.randperm(matrix.numel, generator=generator)[:count].sort().values
     dtype = torch.int32 if matrix.numel < 2**31 else torch.int64
     if dense is not None:
-        left, values, right = torch.linalg.svd(dense.float(), full_matrices=False)
-        root = (values[: settings.rank] * (settings.rank / settings.alpha)).sqrt()
-        a, b = root[:, None] * right[: settings.rank], left[:, : settings.rank] * root
+        a, b = _factors.balanced(dense, settings.rank, settings.alpha)
         rest = dense.float() - (settings.alpha / settings.rank) * (b @ a)
         return {"A": a, "B": b, "values": rest.flatten()[indices], "indices": indices.to(dtype)}
     bound = matrix.columns**-0.5

@@ -13,7 +13,7 @@ def record(plan: Plan) -> Tape:
     import torch
 
     from effprof.measure.recorder import CpuRecorder, pointers
-    from effprof.trainer import probe
+    from effprof.trainer import probe_child as probe
     from effprof.trainer.build import build
 
     recorder = CpuRecorder()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from effprof import registry
 from effprof.model import Matrix
 from effprof.registry import Clock, Group
-from effprof.trainer import probe
+from effprof.trainer import probe_child as probe
 from effprof.trainer.build import build
 from effprof.trainer.step import forward_loss
 

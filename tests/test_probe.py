@@ -14,6 +14,7 @@ from helpers import run_cli, small
 from effprof import registry
 from effprof.plan import Plan
 from effprof.trainer import probe as probes
+from effprof.trainer import probe_child
 
 
 @pytest.mark.parametrize(
@@ -95,5 +96,5 @@ def test_forced_refresh_is_due_for_every_period() -> None:
 
     plan = Plan(model="9m", method="galore", device="cpu", settings={"refresh": 7})
     _, optimizer = build(plan)
-    probes.force_periodic(optimizer, plan)
+    probe_child.force_periodic(optimizer, plan)
     assert optimizer.clock.update % 7 == 0

@@ -5,6 +5,7 @@ state.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,7 @@ def rows(corpus: FileCorpus, tokenizer: Any, plan: Plan, split: str) -> Rows:
     )
     cached = home() / "tokens" / f"{key}.npy"
     if not cached.exists():
+        sys.stderr.write(f"Tokenising the {split} split (once) …\n")
         documents = _tokenised(corpus.documents(split), tokenizer, end)
         flat = _pad(documents, plan.seq_len, end) if padded else _pack(documents)
         _save(cached, flat)

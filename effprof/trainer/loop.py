@@ -20,13 +20,13 @@ from effprof.errors import DoesNotFitError, EffprofError
 from effprof.estimator.estimate import Estimate, estimate
 from effprof.measure.device import DeviceMeter, meter
 from effprof.report.live import LiveLine
-from effprof.trainer import checkpoint, schedule
+from effprof.trainer import checkpoint, metrics, schedule
 from effprof.trainer.build import build, resolve_device
 from effprof.trainer.corpus import FileCorpus, corpus
 from effprof.trainer.data import Batches, Rows, StreamBatches, rows
 from effprof.trainer.evaluate import Validation, evaluate
 from effprof.trainer.export import export
-from effprof.trainer.files import cannot_write, write_whole
+from effprof.trainer.files import write_whole
 from effprof.trainer.optimizer import MethodOptimizer
 from effprof.trainer.run import Run, open_folder
 from effprof.trainer.step import training_step
@@ -159,22 +159,23 @@ class Session:
     def go(self, interrupt: Interrupt) -> Outcome:
         """Update until the run's last step or a signal, then evaluate, save and export."""
         run, start = self.run, time.monotonic()
-        self._cut_metrics()
+        metrics_path = run.out / "metrics.jsonl"
+        metrics.cut(metrics_path, self.step)
         with (
-            Log(run.out / "metrics.jsonl") as log,
+            metrics.Log(metrics_path) as log,
             LiveLine(run.steps, self.step, self.expected.total) as live,
         ):
             if self.resumed_at is not None:
                 live.note(f"Resumed at step {self.resumed_at}.")
             while self.step < run.steps and not interrupt.code:
-                metrics = self._update()
+                row = self._update()
                 if run.eval_every and self.step % run.eval_every == 0 and self.step < run.steps:
                     result = self._validate(EVAL_BATCHES, interrupt)
                     if result:
-                        metrics |= {"validation_loss": result.loss}
+                        row |= {"validation_loss": result.loss}
                         live.note(f"step {self.step}: validation loss {result.loss:.4f}")
-                log.append(metrics)
-                live.show(metrics)
+                log.append(row)
+                live.show(row)
                 if run.save_every and self.step % run.save_every == 0:
                     self._save()
             path = self._save()
@@ -191,13 +192,6 @@ class Session:
         export(self.model, self.tokenizer, self.plan, run.out / "model")
         write_whole(run.out / "summary.json", json.dumps(summary, indent=1) + "\n")
         return Outcome(0, summary)
-
-    def _cut_metrics(self) -> None:
-        """Rows beyond the checkpoint, or of a run that left none, will be written again."""
-        path = self.run.out / "metrics.jsonl"
-        if path.exists():
-            kept = [row for row in _whole_rows(path) if json.loads(row)["step"] <= self.step]
-            write_whole(path, "".join(f"{row}\n" for row in kept))
 
     def _update(self) -> dict[str, Any]:
         """One optimizer update on the next micro-batches, and its metrics."""
@@ -297,39 +291,3 @@ class Session:
                 "tokens": result.tokens,
             },
         }
-
-
-class Log:
-    """Appends one JSON object per line, each by a single unbuffered write."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> Log:
-        try:
-            self._file = open(self.path, "ab", buffering=0)
-        except OSError as problem:
-            raise cannot_write(self.path, problem) from None
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Raises EffprofError where the disk refuses."""
-        try:
-            self._file.write((json.dumps(row) + "\n").encode())
-        except OSError as problem:
-            raise cannot_write(self.path, problem) from None
-
-
-def _whole_rows(path: Path) -> list[str]:
-    """Lines that are complete JSON: a killed process may have cut the last."""
-    found = []
-    for row in path.read_text(encoding="utf-8").splitlines():
-        try:
-            json.loads(row)
-        except ValueError:
-            break
-        found.append(row)
-    return found

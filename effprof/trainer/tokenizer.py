@@ -4,6 +4,7 @@ by path.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -41,6 +42,7 @@ def tokenizer(corpus: FileCorpus | DatasetCorpus, vocab: int, path: str | None) 
         )
     cached = home() / "tokenizers" / f"{corpus.fingerprint()}-{size}.json"
     if not cached.exists():
+        sys.stderr.write(f"Training a tokenizer of {size} tokens on the corpus (once) …\n")
         write_whole(cached, _train(_sample(corpus), size))
     return PreTrainedTokenizerFast(tokenizer_file=str(cached), eos_token=END, pad_token=END)
 

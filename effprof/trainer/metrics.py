@@ -1,0 +1,52 @@
+"""metrics.jsonl: one object per update, each written whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from effprof.trainer.files import cannot_write, write_whole
+
+
+class Log:
+    """Appends one JSON object per line, each by a single unbuffered write."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Log:
+        try:
+            self._file = open(self.path, "ab", buffering=0)
+        except OSError as problem:
+            raise cannot_write(self.path, problem) from None
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Raises EffprofError where the disk refuses."""
+        try:
+            self._file.write((json.dumps(row) + "\n").encode())
+        except OSError as problem:
+            raise cannot_write(self.path, problem) from None
+
+
+def whole_rows(path: Path) -> list[str]:
+    """Lines that are complete JSON: a killed process may have cut the last."""
+    found = []
+    for row in path.read_text(encoding="utf-8").splitlines():
+        try:
+            json.loads(row)
+        except ValueError:
+            break
+        found.append(row)
+    return found
+
+
+def cut(path: Path, last_step: int) -> None:
+    """Drop rows after ``last_step``: beyond the checkpoint, they will be written again."""
+    if path.exists():
+        kept = [row for row in whole_rows(path) if json.loads(row)["step"] <= last_step]
+        write_whole(path, "".join(f"{row}\n" for row in kept))

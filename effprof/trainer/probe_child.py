@@ -1,0 +1,266 @@
+"""The probe's child process: a plan on standard input, what it measured into a file."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import math
+import os
+import resource
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from effprof import tape as tapes
+from effprof.errors import EffprofError
+from effprof.measure import nvml
+from effprof.measure.recorder import CpuRecorder, pointers
+from effprof.plan import Plan, from_dict
+from effprof.trainer.build import build, resolve_device
+from effprof.trainer.data import Batch, make_batch
+from effprof.trainer.optimizer import MethodOptimizer
+from effprof.trainer.step import training_step
+
+STEADY_UPDATES = 2  # recorded, beside a first one and a forced refresh: four in all, three at least
+TIMED_SECONDS = 10.0
+TIMED_UPDATES = (3, 50)
+
+
+def main() -> None:
+    """The child: a plan on standard input, the measurement into the file named by the argument."""
+    path, plan = Path(sys.argv[1]), from_dict(json.load(sys.stdin))
+    _die_with_parent()
+    with contextlib.suppress(OSError):  # short of memory, Linux is to end this process and no other
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    measured: dict[str, Any] = {"reached": "start"}
+
+    def report(**values: Any) -> None:
+        measured.update(values)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(measured), encoding="utf-8")
+        temporary.replace(path)
+
+    try:
+        _measure(plan, report)
+        report(outcome="ok")
+    except EffprofError as error:
+        report(outcome="error", detail=error.message, hint=error.hint)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the probe's result
+        kind = "oom" if _out_of_memory(error) else "failed"
+        lines = str(error).splitlines() or [""]
+        report(outcome=kind, detail=f"{type(error).__name__}: {lines[0]}")
+        os._exit(0)  # unwinding a profiler that ran out of memory would only crash
+
+
+def _die_with_parent() -> None:
+    """On Linux: a probe whose parent was killed must not go on alone."""
+    with contextlib.suppress(OSError, AttributeError):
+        set_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
+    )
+
+
+def _measure(plan: Plan, report: Callable[..., None]) -> None:
+    device = resolve_device(plan.device, plan.allocator)
+    torch.manual_seed(0)
+    if device.type == "cuda":
+        _measure_cuda(plan, device, report)
+    else:
+        _measure_cpu(plan, device, report)
+
+
+def _measure_cpu(plan: Plan, device: torch.device, report: Callable[..., None]) -> None:
+    """The allocator's own record of a first, two steady and one refreshing update; then time
+    without it.
+    """
+    recorder = CpuRecorder()
+    recorder.start()
+    model, optimizer = build(plan, lr=1e-4)
+    if plan.compile:
+        model.compile()
+    recorder.name(pointers(dict(model.named_parameters()), "weights"))
+    recorder.name(pointers(dict(model.named_buffers()), "buffers"))
+    kinds = ["first", *["steady"] * STEADY_UPDATES, *(["periodic"] if plan.halves.periods else [])]
+    for number, kind in enumerate(kinds, 1):
+        report(reached=f"update {number} ({kind})")
+        _say(f"update {number} of {len(kinds)} ({kind})")
+        if kind == "periodic":
+            force_periodic(optimizer, plan)
+
+        def on_phase(phase: str, kind: str = kind) -> None:
+            if phase == "update":
+                recorder.name(pointers(_gradients(model), "gradients"))
+            recorder.mark(kind, phase)
+
+        one_update(model, optimizer, plan, device, on_phase)
+        recorder.name(pointers(state_tensors(optimizer), "optimizer"))
+    recorder.stop()
+    tape = recorder.tape()
+    peak = tapes.peak(tape)
+    report(
+        reached="timing",
+        memory={
+            **peak.by_role,
+            "peak_phase": peak.phase,
+            "peak_update": peak.update,
+            "peak_allocated": peak.size,
+        },
+        resident=resident(model, optimizer),
+        updates=len(kinds),
+    )
+    times = _timed(model, optimizer, plan, device)
+    report(step_seconds=times, rss_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def _measure_cuda(plan: Plan, device: torch.device, report: Callable[..., None]) -> None:
+    """torch's peak counters over the same updates, and NVML's view of this process beside them."""
+    torch.cuda.set_device(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    model, optimizer = build(plan, lr=1e-4)
+    if plan.compile:
+        model.compile()
+    kinds = ["first", *["steady"] * STEADY_UPDATES, *(["periodic"] if plan.halves.periods else [])]
+    peaks: dict[str, int] = {}
+    place = ["build", "build"]
+
+    def on_phase(phase: str) -> None:
+        torch.cuda.synchronize(device)
+        key = "/".join(place)
+        peaks[key] = max(peaks.get(key, 0), torch.cuda.max_memory_allocated(device))
+        torch.cuda.reset_peak_memory_stats(device)
+        place[1:] = [phase]
+
+    reserved = 0
+    for number, kind in enumerate(kinds, 1):
+        report(reached=f"update {number} ({kind})", peaks=peaks)
+        _say(f"update {number} of {len(kinds)} ({kind})")
+        if kind == "periodic":
+            force_periodic(optimizer, plan)
+        on_phase("forward")
+        place[0] = kind
+        one_update(model, optimizer, plan, device, on_phase)
+        on_phase("update")
+        reserved = max(reserved, torch.cuda.memory_reserved(device))
+    where = max(peaks, key=lambda key: peaks[key])
+    update, _, phase = where.partition("/")
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    readings = nvml.read(uuid)
+    process = readings[0].process if readings else None
+    report(
+        reached="timing",
+        memory={
+            "peak_allocated": peaks[where],
+            "peak_reserved": reserved,
+            "peak_update": update,
+            "peak_phase": phase,
+            "process_total": process,
+            "context": None if process is None else process - torch.cuda.memory_reserved(device),
+        },
+        resident=resident(model, optimizer),
+        peaks=peaks,
+        updates=len(kinds),
+        gpu={
+            "name": torch.cuda.get_device_name(device),
+            "uuid": uuid,
+            "driver": readings[0].driver if readings else None,
+            "reasons": list(readings[0].reasons) if readings else ["NVML cannot be used here"],
+        },
+    )
+    report(step_seconds=_timed(model, optimizer, plan, device))
+
+
+def force_periodic(optimizer: MethodOptimizer, plan: Plan) -> None:
+    """Move the clock to where every periodic event of the method is due."""
+    periods = [plan.update_settings[name] for name in plan.halves.periods]
+    optimizer.clock.update = math.lcm(*periods)
+
+
+def one_update(
+    model: nn.Module,
+    optimizer: MethodOptimizer,
+    plan: Plan,
+    device: torch.device,
+    on_phase: Callable[[str], None] = lambda phase: None,
+) -> None:
+    batches = [random_batch(plan, device) for _ in range(plan.grad_accum)]
+    training_step(model, optimizer, batches, plan, on_phase=on_phase)
+
+
+def random_batch(plan: Plan, device: torch.device) -> Batch:
+    """Rows of random tokens as the plan lays them out: memory and time do not read them."""
+    size = (plan.micro_batch, plan.seq_len)
+    ids = torch.randint(0, plan.architecture.vocab, size).numpy()
+    ids[:, plan.seq_len // 2] = 0  # rows of two documents: isolated ones need a mask then
+    lengths = np.full(plan.micro_batch, plan.seq_len) if plan.rows == "padded" else None
+    return make_batch(ids, lengths, plan, 0, device)
+
+
+def _timed(
+    model: nn.Module, optimizer: MethodOptimizer, plan: Plan, device: torch.device
+) -> dict[str, Any]:
+    """Seconds of steady updates: median, spread (half the middle half, over the median), how
+    many.
+    """
+    _say(f"timing steady updates for {TIMED_SECONDS:.0f} s")
+    least, most = TIMED_UPDATES
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < least or (time.perf_counter() - began < TIMED_SECONDS and len(times) < most):
+        start = time.perf_counter()
+        one_update(model, optimizer, plan, device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    quarters = statistics.quantiles(times, n=4)
+    median = statistics.median(times)
+    return {"median": median, "spread": (quarters[2] - quarters[0]) / 2 / median, "n": len(times)}
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def state_tensors(optimizer: MethodOptimizer) -> dict[str, Tensor]:
+    return {
+        f"{index}.{name}": tensor
+        for index, state in enumerate(optimizer.state.values())
+        for name, tensor in state.items()
+    }
+
+
+def resident(model: nn.Module, optimizer: MethodOptimizer) -> dict[str, int]:
+    """Requested bytes held between updates, by role, from the tensors themselves."""
+
+    def total(tensors: Mapping[str, Tensor]) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    return {
+        "weights": total(dict(model.named_parameters())),
+        "gradients": total(_gradients(model)),
+        "optimizer": total(state_tensors(optimizer)),
+        "buffers": total(dict(model.named_buffers())),
+    }
+
+
+def _say(text: str) -> None:
+    if os.environ.get("EFFPROF_QUIET") != "1":
+        sys.stderr.write(f"probe: {text}\n")
+
+
+if __name__ == "__main__":
+    main()
