@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
-from effprof.units import duration, gib, quantity
+from effprof.units import GIB, duration, quantity
 
 _PLAIN_LINES = 20
+_PLAIN_SECONDS = 10.0
+Item = TypeVar("Item")
 
 
 class LiveLine:
@@ -57,6 +59,22 @@ class LiveLine:
         else:
             sys.stderr.write(text + "\n")
 
+    def watch(self, what: str, items: Iterable[Item], total: int) -> Iterator[Item]:
+        """Pass ``items`` on, showing how far they are: live on a terminal, every ten seconds
+        elsewhere.
+        """
+        began = told = time.monotonic()
+        for done, item in enumerate(items):
+            now = time.monotonic()
+            left = duration((now - began) / max(done, 1) * (total - done))
+            text = f"{what} {done}/{total} · ETA {left}"
+            if self._live is not None:
+                self._live.update(text)
+            elif now - told > _PLAIN_SECONDS:
+                told = now
+                sys.stderr.write(text + "\n")
+            yield item
+
     def _text(self, metrics: Mapping[str, Any]) -> str:
         step = int(metrics["step"])
         elapsed = time.monotonic() - self._began
@@ -69,9 +87,7 @@ class LiveLine:
         ]
         if metrics.get("mfu") is not None:
             parts.append(f"MFU {100 * metrics['mfu']:.1f} %")
-        parts.append(
-            f"memory {gib(metrics['memory'])} (peak {gib(metrics['memory_peak'])}, estimated "
-            f"{gib(self.estimated)})"
-        )
+        now, peak = metrics["memory"] / GIB, metrics["memory_peak"] / GIB
+        parts.append(f"GiB {now:.2f}, peak {peak:.2f}, estimated {self.estimated / GIB:.2f}")
         parts.append(f"ETA {duration(left)}")
         return " · ".join(parts)

@@ -170,7 +170,7 @@ class Session:
             while self.step < run.steps and not interrupt.code:
                 row = self._update()
                 if run.eval_every and self.step % run.eval_every == 0 and self.step < run.steps:
-                    result = self._validate(EVAL_BATCHES, interrupt)
+                    result = self._validate(EVAL_BATCHES, interrupt, live)
                     if result:
                         row |= {"validation_loss": result.loss}
                         live.note(f"step {self.step}: validation loss {result.loss:.4f}")
@@ -181,7 +181,7 @@ class Session:
             path = self._save()
             if not interrupt.code:
                 live.note("Validating and writing the model …")
-            result = None if interrupt.code else self._validate(None, interrupt)
+            result = None if interrupt.code else self._validate(None, interrupt, live)
             if interrupt.code:
                 live.note(
                     f"Interrupted at step {self.step}; checkpoint {path}. "
@@ -234,15 +234,20 @@ class Session:
         )
         return EffprofError(message, f"Use a smaller --lr, --clip 1 or --dtype fp32; {kept}.")
 
-    def _validate(self, batches: int | None, interrupt: Interrupt) -> Validation | None:
-        """Over ``batches`` micro-batches or all of the split; None where a signal cut it short."""
+    def _validate(
+        self, limit: int | None, interrupt: Interrupt, live: LiveLine
+    ) -> Validation | None:
+        """Over ``limit`` micro-batches or all of the split; None where a signal cut it short."""
         if isinstance(self.validation, StreamBatches):
-            drawn = self.validation.evaluation(batches or EVAL_BATCHES)
+            total = limit or EVAL_BATCHES
+            drawn = self.validation.evaluation(total)
         else:
-            drawn = self.validation.evaluation(batches, self.device)
+            whole = -(-len(self.validation) // self.plan.micro_batch)
+            total = min(limit or whole, whole)
+            drawn = self.validation.evaluation(limit, self.device)
         until_signal = itertools.takewhile(lambda batch: not interrupt.code, drawn)
         try:
-            result = evaluate(self.model, until_signal, self.plan)
+            result = evaluate(self.model, live.watch("validating", until_signal, total), self.plan)
         except EffprofError:
             if not interrupt.code:
                 raise
