@@ -74,7 +74,7 @@ def test_a_run_leaves_everything_behind(
         "model",
         "run.toml",
         "summary.json",
-        "tokenizer.json",
+        "tokenizer",
     ]
 
 
@@ -262,6 +262,38 @@ def test_resume_refuses_a_folder_that_is_no_run(tiny: str, texts: Path, tmp_path
     assert code == 2
     assert "not a run" in err
     assert [path.name for path in out.rglob("*")] == ["model", "keep.txt"]
+
+
+def test_a_run_that_cannot_begin_leaves_nothing(tiny: str, texts: Path, tmp_path: Path) -> None:
+    """So that the corrected command needs neither --resume nor another folder."""
+    (tmp_path / "data").mkdir()
+    for number in range(3):
+        (tmp_path / "data" / f"{number}.txt").write_text(f"text {number}")
+    assert train(tmp_path / "run", tiny, tmp_path / "data", "--steps", "2")[0] == 1
+    assert not (tmp_path / "run").exists()
+    assert train(tmp_path / "run", tiny, texts, "--steps", "2")[0] == 0
+
+
+def test_another_tokenizer_survives_a_resume(tiny: str, texts: Path, tmp_path: Path) -> None:
+    """Its own end-of-text token, not ours, after it was reloaded from the run."""
+    from transformers import AutoTokenizer
+
+    from effprof.trainer.corpus import corpus
+    from effprof.trainer.tokenizer import tokenizer
+
+    words = tokenizer(corpus(str(texts)), 600, None)
+    words.add_special_tokens({"eos_token": "</s>"})
+    words.save_pretrained(tmp_path / "words")
+    more = ("--steps", "4", "--tokenizer", str(tmp_path / "words"))
+    assert train(tmp_path / "run", tiny, texts, *more)[0] == 0
+    whole = losses(tmp_path / "run")
+    for path in (tmp_path / "run").glob("checkpoint-*"):
+        shutil.rmtree(path)
+    assert train(tmp_path / "run", tiny, texts, *more, "--resume")[0] == 0
+    assert losses(tmp_path / "run") == whole
+    exported = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    assert exported.eos_token == "</s>"
+    assert exported.eos_token_id == words.eos_token_id
 
 
 def test_resume_refuses_changed_data(tiny: str, texts: Path, tmp_path: Path) -> None:

@@ -53,8 +53,7 @@ def save(
         shutil.rmtree(aside, ignore_errors=True)
     except (OSError, SafetensorError) as problem:
         shutil.rmtree(temporary, ignore_errors=True)
-        cause = problem if isinstance(problem, OSError) else OSError(str(problem))
-        raise cannot_write(final, cause) from None
+        raise cannot_write(final, problem) from None
     leftovers = run.glob(f".{PREFIX}*")  # of processes that were killed while they wrote
     for old in (*_found(run)[keep:], *leftovers):
         shutil.rmtree(old, ignore_errors=True)

@@ -4,13 +4,10 @@ effprof.
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from effprof.errors import EffprofError
@@ -19,7 +16,7 @@ from effprof.plan import Plan, from_dict
 from effprof.step import work_out
 from effprof.trainer import checkpoint
 from effprof.trainer.build import build_model, quiet_transformers, skeleton
-from effprof.trainer.files import cannot_write
+from effprof.trainer.files import write_folder
 from effprof.trainer.layer import MethodLinear
 from effprof.trainer.run import read_tables
 
@@ -38,18 +35,13 @@ def export(model: nn.Module, tokenizer: Any, plan: Plan, folder: Path) -> Path:
         dense.config.bos_token_id = dense.config.pad_token_id = None
         dense.generation_config.eos_token_id = tokenizer.eos_token_id
         dense.generation_config.bos_token_id = dense.generation_config.pad_token_id = None
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+
+    def fill(temporary: Path) -> None:
         dense.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    except (OSError, SafetensorError) as problem:
-        shutil.rmtree(temporary, ignore_errors=True)
-        cause = problem if isinstance(problem, OSError) else OSError(str(problem))
-        raise cannot_write(folder, cause) from None
+
+    write_folder(folder, fill)
     return folder
 
 

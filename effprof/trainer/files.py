@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from effprof.errors import EffprofError
 
@@ -40,10 +43,27 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise cannot_write(path, problem) from None
 
 
-def cannot_write(path: Path, problem: OSError) -> EffprofError:
-    """The error for a write the system refused."""
+def write_folder(folder: Path, fill: Callable[[Path], object]) -> None:
+    """Let ``fill`` write a folder under a temporary name, then put it in the old one's place.
+
+    Raises EffprofError when the disk is full or the place cannot be written.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        fill(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    except (OSError, SafetensorError) as problem:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise cannot_write(folder, problem) from None
+
+
+def cannot_write(path: Path, problem: Exception) -> EffprofError:
+    """The error for a write the system, or safetensors for it, refused."""
+    reason = getattr(problem, "strerror", None) or problem
     return EffprofError(
-        f"Cannot write {str(path)!r}: {problem.strerror or problem}.",
+        f"Cannot write {str(path)!r}: {reason}.",
         "Free some space or use another folder (--out, EFFPROF_HOME); nothing half-written stays.",
     )
 

@@ -26,7 +26,7 @@ from effprof.trainer.corpus import FileCorpus, corpus
 from effprof.trainer.data import Batches, Rows, StreamBatches, rows
 from effprof.trainer.evaluate import Validation, evaluate
 from effprof.trainer.export import export
-from effprof.trainer.files import write_whole
+from effprof.trainer.files import write_folder, write_whole
 from effprof.trainer.optimizer import MethodOptimizer
 from effprof.trainer.run import Run, open_folder
 from effprof.trainer.step import training_step
@@ -80,7 +80,6 @@ def train(run: Run, *, resume: bool = False, force: bool = False) -> Outcome:
             "Use a smaller --micro-batch or --checkpointing full, or --force to try anyway.",
         )
     _check_disk(run, expected, force=force)
-    run.write()
     with Interrupt() as interrupt:
         session = Session(run, device, expected, machine)
         if found:
@@ -112,12 +111,10 @@ class Session:
         self.expected, self.machine = expected, machine
         texts = corpus(run.data)
         self.fingerprint = texts.fingerprint()
-        kept = run.out / "tokenizer.json"
+        kept = run.out / "tokenizer"  # ids mean what they meant, whatever becomes of the data
         self.tokenizer = tokenizer(
-            texts, self.plan.architecture.vocab, str(kept) if kept.exists() else run.tokenizer
+            texts, self.plan.architecture.vocab, str(kept) if kept.is_dir() else run.tokenizer
         )
-        if not kept.exists():  # the ids' meaning belongs to the run, whatever becomes of the data
-            write_whole(kept, self.tokenizer.backend_tokenizer.to_str())
         self.batches: Batches | StreamBatches
         self.validation: Rows | StreamBatches
         if isinstance(texts, FileCorpus):
@@ -127,6 +124,9 @@ class Session:
         else:
             self.batches = StreamBatches(texts, self.tokenizer, self.plan, "train", device)
             self.validation = StreamBatches(texts, self.tokenizer, self.plan, "validation", device)
+        run.write()  # nothing is written for data that cannot be trained on
+        if not kept.is_dir():
+            write_folder(kept, self.tokenizer.save_pretrained)
         machine.begin()
         self.model: nn.Module
         self.optimizer: MethodOptimizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from effprof.errors import UsageError, unknown
+from effprof.errors import EffprofError, UsageError, unknown
 from effprof.plan import Plan, flag, nearest_size
 from effprof.trainer import checkpoint, schedule
 from effprof.trainer.files import to_toml, write_whole
@@ -155,6 +156,9 @@ def open_folder(run: Run, *, resume: bool) -> tuple[Path, dict[str, Any]] | None
     """
     if run.out.exists() and not run.out.is_dir():
         raise UsageError(f"--out {str(run.out)!r} is not a folder.", "Give another --out.")
+    nearest = next(path for path in (run.out, *run.out.absolute().parents) if path.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise EffprofError(f"The folder {str(nearest)!r} cannot be written.", "Give another --out.")
     used = run.out.is_dir() and any(run.out.iterdir())
     if used and not resume:
         raise UsageError(
