@@ -116,11 +116,10 @@ def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:
 
 
 def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, tuple[Tensor, ...]]:
-    """Three tensors of the projected shape in an update; an fp32 gradient with its SVD in a
-    refresh.
+    """Two tensors of the projected shape in an update; in a refresh what torch has for an SVD.
 
-    The SVD's workspace: LAPACK gesdd on a copy of the gradient, 4 p² + 7 p numbers beside the
-    factors.
+    That is a copy of the fp32 gradient beside the factors, as recorded on the CPU; what LAPACK or
+    cuSOLVER allocates inside is not here.
     """
     _, projected = _shapes(matrix, settings)
     p, q = matrix.shorter, matrix.longer
@@ -134,7 +133,7 @@ def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, t
             Tensor("left", (matrix.rows, p), "fp32", "workspace"),
             Tensor("right", (p, matrix.columns), "fp32", "workspace"),
             Tensor("svd_copy", (p, q), "fp32", "workspace"),
-            Tensor("svd_work", (4 * p * p + 7 * p,), "fp32", "workspace"),
+            Tensor("singular_values", (p,), "fp32", "workspace"),
         ),
     }
 

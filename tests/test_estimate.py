@@ -120,6 +120,15 @@ def test_what_always_holds(values: dict[str, Any]) -> None:
     assert held.memory.requested >= memory.requested
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", registry.names())
+def test_peak_of_a_tiny_batch_equals_its_record(method: str, dtype: str) -> None:
+    """Eight positions: the update is the peak, or for GaLore the refresh with its SVD."""
+    plan = small("9m", method, micro_batch=1, seq_len=8, dtype=dtype)
+    expected, real = peak(synthesize(work_out(plan))), peak(record(plan))
+    assert expected.size == pytest.approx(real.size, rel=1e-3)
+
+
 def test_checkpointing_saves_and_costs() -> None:
     plain, saved = (
         estimate(Plan(model="1b", method="full", checkpointing=c)) for c in ("none", "full")

@@ -149,5 +149,5 @@ def _not_modelled(plan: Plan) -> tuple[str, ...]:
     dropouts = ("attention_dropout", "resid_pdrop", "embd_pdrop")
     found += [f"{key} in config.json" for key in dropouts if shape.config.get(key)]
     if plan.halves.periods and plan.device == "cuda":
-        found.append("cuSOLVER's own workspace during a refresh; LAPACK's is counted in its place")
+        found.append("cuSOLVER's own workspace during a refresh")
     return tuple(found)
