@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 import subprocess
 import sys
 import time
@@ -165,7 +164,7 @@ def test_estimate_loads_nothing_heavy() -> None:
 
 
 def test_estimate_is_fast() -> None:
-    """At most 3 times `import typer`, generously: this machine's timings are noisy."""
+    """At most 3 times `import typer`, best of several, since a busy machine slows either."""
 
     def seconds(*command: str) -> float:
         begin = time.perf_counter()
@@ -178,7 +177,7 @@ def test_estimate_is_fast() -> None:
             seconds("-m", "effprof", "estimate", "--model", "1b", "--method", "lowrank", "--json")
         )
         bare.append(seconds("-c", "import typer"))
-    assert statistics.median(ours) < 3.0 * statistics.median(bare)
+    assert min(ours) < 3.0 * min(bare)
 
 
 def test_nothing_outside_methods_names_a_method() -> None:
