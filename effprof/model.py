@@ -57,7 +57,6 @@ _TYPES: dict[str, dict[str, Any]] = {
     },
     "phi3": {"max_position_embeddings": 4096},
 }
-_NEVER_NULL = ("max_position_embeddings",)
 _WITH_ATTENTION_BIAS = ("llama", "qwen3", "gemma", "gemma2")  # on q, k, v and o, where it is set
 _REQUIRED = (
     "hidden_size",
@@ -279,11 +278,12 @@ def from_config(config: Any, name: str) -> Architecture:
             f"Model type {model_type!r} in {name!r} is not supported.",
             f"Supported model_type values: {', '.join(_TYPES)}.",
         )
-    # A field whose default is a number may be absent, but transformers refuses it null.
-    given_null = [key for key, value in config.items() if value is None]
-    null = [key for key in given_null if key in _NEVER_NULL or _TYPES[model_type].get(key)]
+    # A size whose default is a number may be absent, but transformers refuses it null.
+    sized = {"max_position_embeddings"} | (
+        {"num_key_value_heads", "head_dim"} & _TYPES[model_type].keys()
+    )
     missing = [key for key in _REQUIRED if config.get(key) is None]
-    missing += [key for key in null if key != "sliding_window"]
+    missing += [key for key in sorted(sized) if key in config and config[key] is None]
     if missing:
         raise UsageError(
             f"The configuration of {name!r} lacks {', '.join(missing)}.",

@@ -67,6 +67,20 @@ def test_bad_field_is_named(key: str, value: object) -> None:
     assert key in error.value.message
 
 
+def test_null_is_refused_where_transformers_refuses_it() -> None:
+    """And accepted where it means something: no soft cap, no window, as many heads as queries."""
+    for model_type, key in (("mistral", "num_key_value_heads"), ("qwen3", "head_dim")):
+        with pytest.raises(UsageError, match=key):
+            from_config({"model_type": model_type, **TINY, key: None}, "x")
+    assert (
+        from_config({"model_type": "llama", **TINY, "num_key_value_heads": None}, "x").kv_heads == 4
+    )
+    gemma = {"model_type": "gemma2", **TINY, "attn_logit_softcapping": None}
+    assert from_config(gemma, "x").attention_softcap is None
+    mistral = {"model_type": "mistral", **TINY, "sliding_window": None, "num_key_value_heads": 2}
+    assert from_config(mistral, "x").sliding_window is None
+
+
 def test_missing_kv_heads_follow_the_type() -> None:
     base = {**TINY, "num_attention_heads": 32, "hidden_size": 128}
     assert from_config({"model_type": "llama", **base}, "x").kv_heads == 32
