@@ -7,8 +7,9 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; errors a user can cause end in one sentence, a hint and their exit
-    code.
+    """Run the command line.
+
+    Errors a user can cause end in one sentence, a hint and their exit code.
     """
     gc.disable()  # imports make no garbage; collecting while they run is a tenth of a short command
     from effprof.cli import run

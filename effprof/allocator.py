@@ -63,8 +63,9 @@ def segment_size(size: int) -> int:
 
 
 def replay(events: Iterable[tuple[int, int]], storages: int, *, expandable: bool = False) -> Replay:
-    """Run a tape's events (storage, ± bytes) through the allocator. ``storages`` is how many
-    there are.
+    """Run a tape's events (storage, ± bytes) through the allocator.
+
+    ``storages`` is how many there are.
     """
     small: _Pool = []
     large: _Pool = []

@@ -1,5 +1,6 @@
-"""Architecture of a causal language model, from a preset or a Hugging Face config.json; no
-transformers.
+"""Architecture of a causal language model, from a preset or a Hugging Face config.json.
+
+No transformers.
 
 Layer shapes follow transformers 5.23's own modules, type by type, so parameter counts are exact.
 """

@@ -1,5 +1,6 @@
-"""Plan: what the user asks for, resolved and checked. Every common flag is a field of the same
-name.
+"""Plan: what the user asks for, resolved and checked.
+
+Every common flag is a field of the same name.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ _NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """One training configuration. Fields left None are resolved; a value without effect raises
-    UsageError.
+    """One training configuration.
+
+    Fields left None are resolved; a value without effect raises UsageError.
 
     Sizes are counts: ``micro_batch`` rows of ``seq_len`` positions, ``grad_accum`` micro-steps per
     update, ``global_batch`` = micro_batch × grad_accum × gpus rows, ``tokens`` positions of the
@@ -340,8 +342,9 @@ def flag(name: str) -> str:
 
 
 def published(facts: Facts, shape: Architecture, keys: Any) -> dict[str, Any]:
-    """Settings published for this size; those of the nearest published size, but never another
-    size's rank.
+    """Settings published for this size.
+
+    Those of the nearest published size, but never another size's rank.
     """
     if not facts.defaults:
         return {}

@@ -119,8 +119,9 @@ class Group:
 
 
 class LayerHalf(Protocol):
-    """What replaces a weight matrix, in the contract's order. ``settings`` is an instance of
-    ``Settings``.
+    """What replaces a weight matrix, in the contract's order.
+
+    ``settings`` is an instance of ``Settings``.
     """
 
     FACTS: Facts
@@ -167,8 +168,9 @@ class UpdateHalf(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """A layer half with an update half. ``layer`` is None for a dense matrix in torch's own
-    ``nn.Linear``.
+    """A layer half with an update half.
+
+    ``layer`` is None for a dense matrix in torch's own ``nn.Linear``.
     """
 
     name: str
@@ -184,8 +186,9 @@ class Method:
 
     @property
     def hosted(self) -> str | None:
-        """The torch optimizer this update half names, run as it is; None for an update of its
-        own.
+        """The torch optimizer this update half names, run as it is.
+
+        None for an update of its own.
         """
         return getattr(self.update, "TORCH_OPTIMIZER", None)
 

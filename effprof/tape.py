@@ -16,8 +16,9 @@ UPDATES = ("build", "first", "steady", "periodic")
 
 @dataclass(slots=True)
 class Tape:
-    """``roles`` and ``labels`` are per storage; ``marks`` say from which event on a phase of an
-    update runs.
+    """``roles`` and ``labels`` are per storage.
+
+    ``marks`` say from which event on a phase of an update runs.
     """
 
     events: list[tuple[int, int]] = field(default_factory=list)
@@ -41,8 +42,9 @@ class Tape:
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """The instant with most bytes alive. ``by_role`` sums to ``size``; ``alive`` is (bytes,
-    role, label), largest first.
+    """The instant with most bytes alive.
+
+    ``by_role`` sums to ``size``; ``alive`` is (bytes, role, label), largest first.
     """
 
     size: int
@@ -54,8 +56,9 @@ class Peak:
 
 
 def peak(tape: Tape, blocks: Sequence[int] | None = None, start: int = 0) -> Peak:
-    """The peak at or after event ``start``. ``blocks`` is each storage's size in the allocator,
-    unsplit tail included.
+    """The peak at or after event ``start``.
+
+    ``blocks`` is each storage's size in the allocator, unsplit tail included.
 
     Without ``blocks`` a storage counts the bytes requested, as the CPU allocator gives them.
     """

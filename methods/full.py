@@ -87,8 +87,9 @@ def torch_settings(settings: Settings) -> dict[str, Any]:
 
 
 def update(group: Group, clock: Clock, settings: Settings) -> None:
-    """AdamW with moments in fp32 whatever the weights' dtype; the weight is rounded once per
-    update.
+    """AdamW with moments in fp32 whatever the weights' dtype.
+
+    The weight is rounded once per update.
     """
     weight, gradient = group.tensors["weight"], group.gradients["weight"].float()
     first, second = group.state["exp_avg"], group.state["exp_avg_sq"]

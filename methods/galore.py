@@ -149,8 +149,9 @@ def _basis(gradient: TorchTensor, settings: Settings) -> TorchTensor:
 
 
 def update(group: Group, clock: Clock, settings: Settings) -> None:
-    """One update of a rows × columns weight; the basis is renewed when ``refresh`` divides the
-    update count.
+    """One update of a rows × columns weight.
+
+    The basis is renewed when ``refresh`` divides the update count.
     """
     weight, gradient = group.tensors["weight"], group.gradients["weight"]
     projector, first, second = (group.state[k] for k in ("projector", "exp_avg", "exp_avg_sq"))

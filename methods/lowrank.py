@@ -56,8 +56,9 @@ class Settings:
 
 
 def weights(matrix: Matrix, settings: Settings) -> tuple[Tensor, ...]:
-    """A: rank × columns, B: rows × rank. Raises UsageError where the rank is not below both
-    sides.
+    """A: rank × columns, B: rows × rank.
+
+    Raises UsageError where the rank is not below both sides.
     """
     _checks.rank_below(matrix, settings.rank)
     return (
@@ -93,8 +94,9 @@ def transient(
 def init(
     matrix: Matrix, settings: Settings, seed: int, dense: TorchTensor | None = None
 ) -> dict[str, TorchTensor]:
-    """Both factors uniform (kaiming, a = sqrt 5), as the release; from ``dense`` its best rank-r
-    factors.
+    """Both factors uniform (kaiming, a = sqrt 5), as the release.
+
+    From ``dense`` its best rank-r factors.
     """
     import torch
 

@@ -78,8 +78,9 @@ def _support(matrix: Matrix, settings: Settings) -> int:
 
 
 def weights(matrix: Matrix, settings: Settings) -> tuple[Tensor, ...]:
-    """A, B, the sparse values and their flat indices. Raises UsageError for a rank the matrix
-    cannot hold.
+    """A, B, the sparse values and their flat indices.
+
+    Raises UsageError for a rank the matrix cannot hold.
     """
     _checks.rank_below(matrix, settings.rank)
     count = _support(matrix, settings)
@@ -111,8 +112,9 @@ def transient(
     tokens: int,
     settings: Settings,
 ) -> Mapping[str, tuple[Tensor, ...]]:
-    """The dense W in forward; in backward W until the input's gradient is formed, then the dense
-    gradient.
+    """The dense W in forward.
+
+    In backward W until the input's gradient is formed, then the dense gradient.
     """
     dense_weight = Tensor("dense", (matrix.rows, matrix.columns), "compute", "workspace")
     scaled = Tensor("scaled_A", (settings.rank, matrix.columns), "compute", "workspace")
@@ -176,8 +178,9 @@ def backward(
     tensors: Mapping[str, TorchTensor],
     settings: Settings,
 ) -> tuple[TorchTensor, dict[str, TorchTensor]]:
-    """dx = g W with W rebuilt; one dense gᵀ x gives dA = s Bᵀ (gᵀ x), dB = s (gᵀ x) Aᵀ and the
-    values' entries.
+    """dx = g W with W rebuilt.
+
+    One dense gᵀ x gives dA = s Bᵀ (gᵀ x), dB = s (gᵀ x) Aᵀ and the values' entries.
     """
     assert x is not None
     d_x = gradient @ _build(tensors, settings)

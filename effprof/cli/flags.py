@@ -74,8 +74,9 @@ def _plan_flags(
 
 
 def with_plan_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the plan's flags; it receives them first, as ``flags``: name -> value,
-    unset ones left out.
+    """Give a command the plan's flags.
+
+    It receives them first, as ``flags``: name -> value, unset ones left out.
     """
     own = inspect.signature(command)
     shared = inspect.signature(_plan_flags)

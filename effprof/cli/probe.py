@@ -26,8 +26,9 @@ def command(
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,
 ) -> int:
-    """Run the plan's step for real in a process of its own and compare; exit 3 when memory runs
-    out.
+    """Run the plan's step for real in a process of its own and compare.
+
+    Exit 3 when memory runs out.
     """
     refuse(flags, ("gpu", "tokens", "attention_mask"), "a probe")
     if not 0 < time_limit < 1e6:

@@ -153,8 +153,9 @@ class Graph:
         after: Callable[[], None],
         rng_bytes: int,
     ) -> Value:
-        """Run ``function`` keeping only its input; backward runs it again (non-reentrant, early
-        stop).
+        """Run ``function`` keeping only its input.
+
+        Backward runs it again (non-reentrant, early stop).
 
         ``after`` is called when a second run ends; ``rng_bytes`` of random state are kept beside
         the input.

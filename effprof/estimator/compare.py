@@ -27,8 +27,9 @@ class Measured(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """One line of the comparison, in bytes; ``error`` is estimated over measured minus one, or
-    None.
+    """One line of the comparison, in bytes.
+
+    ``error`` is estimated over measured minus one, or None.
     """
 
     name: str

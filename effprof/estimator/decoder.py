@@ -26,8 +26,9 @@ CPU_RNG_STATE = (
 
 
 class Decoder:
-    """One model on a graph. ``forward`` returns (loss, logits); weights are allocated on
-    construction.
+    """One model on a graph.
+
+    ``forward`` returns (loss, logits); weights are allocated on construction.
     """
 
     def __init__(self, graph: Graph, step: Step) -> None:
@@ -290,8 +291,9 @@ class _Layer:
         return self._project(out, "o")
 
     def _split_heads(self, fused: Value) -> tuple[Value, Value, Value]:
-        """phi3's q, k, v are slices of one product; each slice's backward fills a zero tensor of
-        all of it.
+        """phi3's q, k, v are slices of one product.
+
+        Each slice's backward fills a zero tensor of all of it.
         """
         graph, shape = self.graph, self.shape
         unit = fused.numel // (shape.heads + 2 * shape.kv_heads)

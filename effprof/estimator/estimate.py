@@ -17,8 +17,9 @@ SCHEMA = "effprof.estimate/1"
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Whether a card holds the process; ``headroom`` is memory minus the process total, in
-    bytes.
+    """Whether a card holds the process.
+
+    ``headroom`` is memory minus the process total, in bytes.
     """
 
     gpu: Gpu
@@ -28,8 +29,9 @@ class Fit:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One plan's answer. ``paper`` is the published tables' weights + optimizer figure in bytes,
-    with its rule.
+    """One plan's answer.
+
+    ``paper`` is the published tables' weights + optimizer figure in bytes, with its rule.
     """
 
     plan: Plan

@@ -1,5 +1,6 @@
-"""FLOPs of one optimizer update: dense-equivalent, executed, and the optimizer's own. A
-multiply-add counts 2.
+"""FLOPs of one optimizer update: dense-equivalent, executed, and the optimizer's own.
+
+A multiply-add counts 2.
 
 Products only, except where a column says otherwise; attention counts the full square, as torch's
 counter does.
@@ -17,8 +18,9 @@ from effprof.step import Step, Unit
 
 @dataclass(frozen=True, slots=True)
 class UpdateFlops:
-    """FLOPs per optimizer update, all micro-steps included; ``forward_per_token`` is of the
-    method's own forward.
+    """FLOPs per optimizer update, all micro-steps included.
+
+    ``forward_per_token`` is of the method's own forward.
     """
 
     forward_per_token: float

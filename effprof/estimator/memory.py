@@ -125,8 +125,9 @@ class _Run:
                 leaf.gradient = None
 
     def _micro_step(self, kind: str) -> None:
-        """Forward and backward; what ran before with gradients as they are now is repeated event
-        by event.
+        """Forward and backward.
+
+        What ran before with gradients as they are now is repeated event by event.
         """
         graph, tape = self.graph, self.graph.tape
         tape.mark(kind, "forward")

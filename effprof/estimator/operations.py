@@ -92,8 +92,9 @@ def pointwise(graph: Graph, x: Value, label: str) -> Value:
 def from_result(
     graph: Graph, x: Value, label: str, itemsize: int = 0, temporaries: int = 0
 ) -> Value:
-    """A function that saves its result: softmax, log_softmax (no temporaries), tanh; rsqrt has
-    two.
+    """A function that saves its result: softmax, log_softmax (no temporaries), tanh.
+
+    Rsqrt has two.
     """
     size, source = itemsize or x.itemsize, x.itemsize
     numel = x.numel

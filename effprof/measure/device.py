@@ -87,8 +87,9 @@ def meter(device: torch.device) -> DeviceMeter:
 
 
 def recognise(name: str) -> gpus.Gpu | None:
-    """The catalog's card for a driver's device name, such as ``NVIDIA GeForce RTX 4090``; None
-    if it is not there.
+    """The catalog's card for a driver's device name, such as ``NVIDIA GeForce RTX 4090``.
+
+    None if it is not there.
     """
     words = name.lower().replace("-", " ").split()
     best: gpus.Gpu | None = None

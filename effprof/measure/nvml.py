@@ -1,5 +1,6 @@
-"""The single door to NVML: what the driver says of a GPU and of this process. What it cannot say
-is None.
+"""The single door to NVML: what the driver says of a GPU and of this process.
+
+What it cannot say is None.
 """
 
 from __future__ import annotations

@@ -45,8 +45,9 @@ class CpuRecorder:
         self.mark(*self._marks[-1])
 
     def tape(self) -> Tape:
-        """The record as a tape. What forward leaves alive and nobody named is an activation, the
-        rest workspace.
+        """The record as a tape.
+
+        What forward leaves alive and nobody named is an activation, the rest workspace.
         """
         tape = Tape()
         alive: dict[int, int] = {}

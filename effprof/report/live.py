@@ -16,8 +16,9 @@ Item = TypeVar("Item")
 
 
 class LiveLine:
-    """Shows a run's metrics on standard error. ``steps`` is the whole run, ``start`` where this
-    process began.
+    """Shows a run's metrics on standard error.
+
+    ``steps`` is the whole run, ``start`` where this process began.
     """
 
     def __init__(self, steps: int, start: int, estimated: int) -> None:

@@ -32,8 +32,9 @@ _ROLE_HELP = {
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console no wider than 100 columns; without a terminal 100, unless COLUMNS says
-    otherwise.
+    """A console no wider than 100 columns.
+
+    Without a terminal 100, unless COLUMNS says otherwise.
     """
     plain = Console(stderr=stderr, highlight=False)
     width = plain.width if plain.is_terminal or "COLUMNS" in os.environ else 100

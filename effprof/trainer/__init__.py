@@ -1,3 +1,4 @@
-"""The step for real: model, layers and optimizer of a plan, data, the loop. Imports torch at
-module level.
+"""The step for real: model, layers and optimizer of a plan, data, the loop.
+
+Imports torch at module level.
 """

@@ -85,8 +85,9 @@ def newest(
 def restore(
     path: Path, state: Mapping[str, Any], model: nn.Module, optimizer: MethodOptimizer | None
 ) -> None:
-    """Load a checkpoint into a model and its optimizer, exactly as they were. Raises
-    EffprofError.
+    """Load a checkpoint into a model and its optimizer, exactly as they were.
+
+    Raises EffprofError.
     """
     load_native(path, model)
     if optimizer is None:
@@ -103,8 +104,9 @@ def restore(
 
 @torch.no_grad()
 def load_native(path: Path, model: nn.Module) -> None:
-    """A model's tensors in the method's own form. Raises EffprofError where they do not fit the
-    model.
+    """A model's tensors in the method's own form.
+
+    Raises EffprofError where they do not fit the model.
     """
     loaded, own = load_file(path / _FILES[0]), native_tensors(model)
     if loaded.keys() != own.keys() or any(loaded[k].shape != own[k].shape for k in own):

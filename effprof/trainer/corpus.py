@@ -35,8 +35,9 @@ class FileCorpus:
         return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
 
     def documents(self, split: str) -> Iterator[str]:
-        """The documents of ``train`` or ``validation``. Raises EffprofError for a file that
-        cannot be read.
+        """The documents of ``train`` or ``validation``.
+
+        Raises EffprofError for a file that cannot be read.
         """
         validation = self._validation
         for text in self._all():

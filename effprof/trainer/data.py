@@ -26,8 +26,9 @@ _DOCUMENTS_PER_CALL = 256
 
 @dataclass(slots=True)
 class Batch:
-    """One micro-batch: ids and labels of rows × seq_len; ``targets`` positions have a next token
-    to predict.
+    """One micro-batch: ids and labels of rows × seq_len.
+
+    ``targets`` positions have a next token to predict.
     """
 
     ids: Tensor
@@ -90,8 +91,9 @@ def _document_positions(ids: np.ndarray[Any, Any], end: int) -> np.ndarray[Any, 
 
 
 def rows(corpus: FileCorpus, tokenizer: Any, plan: Plan, split: str) -> Rows:
-    """A split's rows, tokenised once and cached. Raises EffprofError where the data is too
-    small.
+    """A split's rows, tokenised once and cached.
+
+    Raises EffprofError where the data is too small.
     """
     end = tokenizer.eos_token_id
     padded = plan.rows == "padded"
@@ -200,8 +202,9 @@ class Batches:
 
 
 class StreamBatches:
-    """Micro-batches of a streamed dataset; its state is the dataset's own and the tokens not yet
-    used.
+    """Micro-batches of a streamed dataset.
+
+    Its state is the dataset's own and the tokens not yet used.
     """
 
     def __init__(

@@ -75,7 +75,8 @@ def digest(path: Path) -> str:
 
 
 def to_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    """Plain tables of strings, numbers, booleans, lists and one level of sub-tables as TOML;
+    """Plain tables of strings, numbers, booleans, lists and one level of sub-tables as TOML.
+
     None is left out.
     """
     lines: list[str] = []

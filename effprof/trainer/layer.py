@@ -22,8 +22,9 @@ DTYPES = {
 
 
 class MethodLinear(nn.Module):
-    """A linear layer whose weight is the tensors a method declares; x is … × columns, the result …
-    × rows.
+    """A linear layer whose weight is the tensors a method declares.
+
+    X is … × columns, the result … × rows.
 
     Trainable tensors are parameters and index tensors buffers, by the names the method gives them.
     """
@@ -49,8 +50,9 @@ class MethodLinear(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int, dense: Tensor | None = None) -> None:
-        """Fill every tensor as the method starts it, or from a dense matrix; the same on any
-        device.
+        """Fill every tensor as the method starts it, or from a dense matrix.
+
+        The same on any device.
         """
         for name, value in self.layer_half.init(self.matrix, self.settings, seed, dense).items():
             getattr(self, name).copy_(value)
@@ -86,8 +88,9 @@ class MethodLinear(nn.Module):
 
 
 class _MethodFunction(torch.autograd.Function):
-    """Calls a layer half's own forward and backward; what it saves goes through autograd's own
-    storage.
+    """Calls a layer half's own forward and backward.
+
+    What it saves goes through autograd's own storage.
     """
 
     @staticmethod

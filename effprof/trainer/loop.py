@@ -67,8 +67,9 @@ class Interrupt:
 
 
 def train(run: Run, *, resume: bool = False, force: bool = False) -> Outcome:
-    """Train a run to its end or to a signal. Raises EffprofError; nothing already written is
-    lost.
+    """Train a run to its end or to a signal.
+
+    Raises EffprofError; nothing already written is lost.
     """
     device = resolve_device(run.plan.device, run.plan.allocator)
     found = open_folder(run, resume=resume)
@@ -139,8 +140,9 @@ class Session:
         self.resumed_at: int | None = None
 
     def restore(self, path: Path, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint: weights, optimizer, random state, place in the data; later
-        metrics are cut.
+        """Go on from a checkpoint: weights, optimizer, random state, place in the data.
+
+        Later metrics are cut.
         """
         if state["corpus"] != self.fingerprint:
             raise EffprofError(

@@ -77,8 +77,9 @@ class MethodOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of everything that has a gradient; then the method's own events, and the
-        clock.
+        """One update of everything that has a gradient.
+
+        Then the method's own events, and the clock.
         """
         loss = None
         if closure is not None:
@@ -117,8 +118,9 @@ class MethodOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore groups, state and clock. Unlike torch's, it keeps each state tensor's own
-        dtype.
+        """Restore groups, state and clock.
+
+        Unlike torch's, it keeps each state tensor's own dtype.
         """
         parameters = [p for group in self.param_groups for p in group["params"]]
         self.state.clear()

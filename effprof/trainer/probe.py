@@ -20,8 +20,9 @@ TIME_LIMIT = 900.0
 
 @dataclass(frozen=True)
 class Probe:
-    """``outcome`` is ok, oom, killed, timeout or failed; ``measured`` holds bytes and seconds as
-    far as it got.
+    """``outcome`` is ok, oom, killed, timeout or failed.
+
+    ``measured`` holds bytes and seconds as far as it got.
     """
 
     plan: Plan

@@ -85,8 +85,9 @@ def _measure(plan: Plan, report: Callable[..., None]) -> None:
 
 
 def _measure_cpu(plan: Plan, device: torch.device, report: Callable[..., None]) -> None:
-    """The allocator's own record of a first, two steady and one refreshing update; then time
-    without it.
+    """The allocator's own record of a first, two steady and one refreshing update.
+
+    Then time without it.
     """
     recorder = CpuRecorder()
     recorder.start()

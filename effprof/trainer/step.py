@@ -26,8 +26,9 @@ def training_step(
     clip: float = 0.0,
     on_phase: Callable[[str], None] = lambda phase: None,
 ) -> Tensor:
-    """One optimizer update; returns the loss, a mean over every target of the update, without a
-    sync.
+    """One optimizer update.
+
+    Returns the loss, a mean over every target of the update, without a sync.
 
     Each micro-batch weighs by its targets, so accumulation equals one large batch. ``on_phase`` is
     told forward, backward and update as they begin.
