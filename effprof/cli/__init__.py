@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import sys
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
 
-from effprof.cli import estimate, methods, models, probe, train
 from effprof.errors import EffprofError, UsageError, unknown
 
-app = typer.Typer(
-    name="effprof",
-    help="Tells which pretraining method fits your GPU, proves it with a measurement, and trains.",
-    add_completion=True,
-    no_args_is_help=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-for module in (estimate, probe, train, methods, models):
-    app.command(module.NAME, epilog=module.EPILOG)(module.command)
+COMMANDS = ("estimate", "probe", "train", "methods", "models")
 
 _FIRST = """Three things to try:
   effprof estimate --model 1b --method lowrank     what it needs, and on which cards it fits
@@ -39,7 +30,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(invoke_without_command=True)
 def main(
     context: typer.Context,
     version: Annotated[
@@ -51,10 +41,28 @@ def main(
         typer.echo(_FIRST)
 
 
+def build(names: Iterable[str] = COMMANDS) -> typer.Typer:
+    """The app with these commands: building one instead of all is a third of a short run."""
+    app = typer.Typer(
+        name="effprof",
+        help="Tells which pretraining method fits your GPU, proves it by measuring, and trains.",
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(invoke_without_command=True)(main)
+    for name in names:
+        module = importlib.import_module(f"effprof.cli.{name}")
+        app.command(module.NAME, epilog=module.EPILOG)(module.command)
+    return app
+
+
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    first = arguments[0] if arguments else ""
+    app = build([first] if first in COMMANDS else COMMANDS)
     try:
         result = app(arguments, standalone_mode=False, prog_name="effprof")
         sys.stdout.flush()
@@ -82,10 +90,9 @@ def run(arguments: list[str]) -> int:
 
 def _usage(message: str, arguments: list[str]) -> EffprofError:
     """typer's complaint with our hint: the nearest command, or where the options are listed."""
-    commands = [command.name or "" for command in app.registered_commands]
     first = next((argument for argument in arguments if not argument.startswith("-")), "")
-    if first not in commands:
-        return unknown("command", first, commands, "`effprof --help` lists them.")
+    if first and first not in COMMANDS:
+        return unknown("command", first, COMMANDS, "`effprof --help` lists them.")
     return UsageError(message, f"effprof {first} --help lists the options.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import typing
 from collections.abc import Callable, Mapping
@@ -73,6 +74,11 @@ def _plan_flags(
 ) -> None: ...
 
 
+@functools.cache
+def _plan_hints() -> dict[str, Any]:
+    return typing.get_type_hints(_plan_flags, include_extras=True)
+
+
 def with_plan_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the plan's flags.
 
@@ -85,7 +91,7 @@ def with_plan_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         flags = {name: values.pop(name) for name in shared.parameters}
         return command({k: v for k, v in flags.items() if v is not None}, **values)
 
-    hints = typing.get_type_hints(_plan_flags, include_extras=True)
+    hints = dict(_plan_hints())
     hints |= typing.get_type_hints(command, include_extras=True)
     del hints["flags"]
     parameters = [*shared.parameters.values(), *list(own.parameters.values())[1:]]
