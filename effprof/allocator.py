@@ -76,7 +76,7 @@ def replay(events: Iterable[tuple[int, int]], storages: int, *, expandable: bool
     peak_allocated = peak_requested = 0
     for storage, change in events:
         if change > 0:
-            size = MIN_BLOCK if change < MIN_BLOCK else (change + 511) & ~511
+            size = round_size(change)
             is_small = size <= SMALL_SIZE
             pool = small if is_small else large
             place = bisect_left(pool, (size,))

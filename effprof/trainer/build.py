@@ -31,6 +31,8 @@ def build(
     place = resolve_device(device or plan.device, plan.allocator)
     step = work_out(plan)
     model = build_model(step, place, seed=seed)
+    if plan.compile:
+        model.compile()
     return model, MethodOptimizer(step, trained_parameters(step, model), lr, seed=seed)
 
 

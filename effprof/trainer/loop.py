@@ -133,8 +133,6 @@ class Session:
         self.optimizer: MethodOptimizer
         self.model, self.optimizer = build(self.plan, str(device), lr=run.lr, seed=run.seed)
         self.optimizer.clock.total_updates = run.steps
-        if self.plan.compile:
-            self.model.compile()
         self.step, self.tokens, self.real_tokens = 0, 0, 0
         self.saved_at: int | None = None
         self.resumed_at: int | None = None

@@ -92,11 +92,9 @@ def _measure_cpu(plan: Plan, device: torch.device, report: Callable[..., None]) 
     recorder = CpuRecorder()
     recorder.start()
     model, optimizer = build(plan, lr=1e-4)
-    if plan.compile:
-        model.compile()
     recorder.name(pointers(dict(model.named_parameters()), "weights"))
     recorder.name(pointers(dict(model.named_buffers()), "buffers"))
-    kinds = ["first", *["steady"] * STEADY_UPDATES, *(["periodic"] if plan.halves.periods else [])]
+    kinds = _kinds(plan)
     for number, kind in enumerate(kinds, 1):
         report(reached=f"update {number} ({kind})")
         _say(f"update {number} of {len(kinds)} ({kind})")
@@ -133,9 +131,7 @@ def _measure_cuda(plan: Plan, device: torch.device, report: Callable[..., None])
     torch.cuda.set_device(device)
     torch.cuda.reset_peak_memory_stats(device)
     model, optimizer = build(plan, lr=1e-4)
-    if plan.compile:
-        model.compile()
-    kinds = ["first", *["steady"] * STEADY_UPDATES, *(["periodic"] if plan.halves.periods else [])]
+    kinds = _kinds(plan)
     peaks: dict[str, int] = {}
     place = ["build", "build"]
 
@@ -183,6 +179,11 @@ def _measure_cuda(plan: Plan, device: torch.device, report: Callable[..., None])
         },
     )
     report(step_seconds=_timed(model, optimizer, plan, device))
+
+
+def _kinds(plan: Plan) -> list[str]:
+    """The updates a probe makes, by kind."""
+    return ["first", *["steady"] * STEADY_UPDATES, *(["periodic"] if plan.halves.periods else [])]
 
 
 def force_periodic(optimizer: MethodOptimizer, plan: Plan) -> None:
