@@ -368,3 +368,13 @@ def _head_dim(config: Mapping[str, Any], name: str) -> int:
             "Correct config.json or give head_dim.",
         )
     return hidden // heads
+
+
+def nearest_size(sizes: tuple[str, ...], parameters: int) -> str:
+    """The preset size whose parameter count is nearest by ratio."""
+
+    def distance(size: str) -> float:
+        ratio = architecture(size).parameters / parameters
+        return max(ratio, 1 / ratio)
+
+    return min(sizes, key=distance)

@@ -13,7 +13,8 @@ from typing import Any
 from effprof import registry
 from effprof.errors import UsageError, unknown
 from effprof.model import Architecture, architecture
-from effprof.registry import Facts, LayerHalf, Method, UpdateHalf
+from effprof.recipe import Recipe, Size, preset_of, resolve
+from effprof.registry import Method, due
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("bf16", "amp-bf16", "amp-fp16", "fp32"),
@@ -34,10 +35,8 @@ TARGETS = ("attention", "mlp")
 
 # What the flag promises and this version does not do. Refused: a flag is never silently ignored.
 _NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
-    "state_dtype": (("8bit",), "Use --state-dtype same or fp32."),
     "master_weights": (("fp32",), "Use --dtype amp-bf16, which keeps fp32 weights."),
     "loss": (("chunked",), "Use --loss standard."),
-    "per_layer_update": ((True,), "Leave --per-layer-update out."),
     "parallel": (("ddp", "fsdp"), "Use one GPU."),
 }
 
@@ -71,7 +70,7 @@ class Plan:
     attention_mask: str = "none"
     loss: str = "standard"
     rows: str = "packed"
-    per_layer_update: bool = False
+    per_layer_update: bool | None = None
     zero_grad: str = "none"
     optimizer_impl: str = ""
     keep_logits: bool = False
@@ -145,72 +144,42 @@ class Plan:
         self._set("global_batch", total)
 
     def _resolve_method(self) -> None:
-        name = self.method or registry.default()
-        chosen = registry.method(name, self.update or None)
-        if self.update and chosen.layer is None and chosen.update_name != chosen.name:
-            raise UsageError(
-                f"--update {self.update} has no effect: {chosen.name} has no layer half.",
-                f"Use --method {chosen.update_name}.",
-            )
+        shape = self.architecture
+        sizes = tuple(registry.published_sizes(self.method or registry.default(), self.update))
+        found = resolve(
+            self.method,
+            self.update,
+            self.rank,
+            self.settings,
+            self.update_settings,
+            Size(shape.parameters, preset_of(shape, sizes), self._default_rank),
+        )
+        chosen, layer, update = found.halves, found.layer_settings, found.optimizer_settings
         self._set("method", chosen.name)
         self._set("update", chosen.update_name)
-        given, given_update = dict(self.settings), dict(self.update_settings)
-        fields = registry.setting_fields(chosen.addressed)
-        if self.rank is not None:
-            if "rank" not in fields:
-                raise UsageError(
-                    f"--rank has no effect: {chosen.name} has no rank.", "Leave --rank out."
-                )
-            if str(given.get("rank", self.rank)) != str(self.rank):
-                raise UsageError(
-                    f"--rank {self.rank} disagrees with --set rank={given['rank']}.",
-                    "Give one of them.",
-                )
-            given["rank"] = self.rank
-        if chosen.layer is None:  # both names address the update half
-            for key in given.keys() & given_update.keys():
-                if given[key] != given_update[key]:
-                    raise UsageError(
-                        f"--set {key} and --set update.{key} disagree.", "Give one of them."
-                    )
-            given = given_update = {**given, **given_update}
-        addressed = self._build(chosen.addressed, given)
-        update = addressed if chosen.layer is None else self._build(chosen.update, given_update)
-        self._set("_addressed", addressed)
-        self._set("_update", update)
+        addressed = update if layer is None else layer
         self._set("settings", dataclasses.asdict(addressed))
         self._set("update_settings", dataclasses.asdict(update))
         self._set("rank", self.settings.get("rank"))
-        # What an update half does not cover is torch's AdamW, which has every implementation.
-        known = getattr(chosen.update, "IMPLEMENTATIONS", registry.rest().IMPLEMENTATIONS)
-        if not self.optimizer_impl:
-            own_loop = self.state_dtype == "fp32" and self.dtype == "bf16"
-            self._set("optimizer_impl", "loop" if own_loop else known[0])
-        elif self.optimizer_impl not in known:
-            raise UsageError(
-                f"--optimizer-impl {self.optimizer_impl} is not available for "
-                f"{chosen.update_name}.",
-                f"Use {' or '.join(known)}, or leave it out.",
-            )
+        if self.per_layer_update is None:
+            self._set("per_layer_update", chosen.fused_backward)
+        self._resolve_implementation(chosen)
+        self._set(
+            "_recipe",
+            dataclasses.replace(
+                found,
+                state_dtype=self.state_dtype,
+                optimizer_impl=self.optimizer_impl,
+                per_layer_update=bool(self.per_layer_update),
+            ),
+        )
 
-    def _build(self, half: LayerHalf | UpdateHalf, given: Mapping[str, Any]) -> Any:
-        """The half's settings: its own defaults, then what was published for this size, then
-        what is given.
-        """
-        fields = registry.setting_fields(half)
-        for key in given:
-            if key not in fields:
-                raise unknown(
-                    "setting", key, fields, f"Settings of this method: {', '.join(fields)}."
-                )
-        values = published(half.FACTS, self.architecture, fields.keys())
-        layer_rank = getattr(getattr(self, "_addressed", None), "rank", None)
-        if "rank" in fields and layer_rank is not None:  # an update half on a layer half's factors
-            values["rank"] = max(layer_rank // 4 // 8 * 8, 1)
-        elif "rank" in fields and "rank" not in values:
-            values["rank"] = self._default_rank()
-        values |= {key: _parse(key, value, str(fields[key].type)) for key, value in given.items()}
-        return half.Settings(**values)
+    def _resolve_implementation(self, chosen: Method) -> None:
+        """Which of torch's AdamW runs: for the method, or for what it does not cover."""
+        known = registry.rest().IMPLEMENTATIONS
+        if not self.optimizer_impl:
+            # Moments of another dtype than the weights' are updated by a loop of our own.
+            self._set("optimizer_impl", known[0] if self.state_dtype == "same" else "loop")
 
     def _default_rank(self) -> int:
         """A quarter of the hidden width, a multiple of 8, below every targeted matrix's shorter
@@ -247,47 +216,107 @@ class Plan:
                 f"positions.",
                 f"Type --seq-len {self.architecture.max_positions} or less.",
             )
+        self._check_states()
+        self._check_per_layer()
+
+    def _check_states(self) -> None:
+        if self.state_dtype == "same":
+            return
         if self.state_dtype == "fp32" and self.dtype != "bf16":
             raise UsageError(
                 f"--state-dtype fp32 has no effect with --dtype {self.dtype}: the weights are "
                 f"fp32 already.",
                 "Leave --state-dtype out.",
             )
-        if self.state_dtype == "fp32" and self.optimizer_impl != "loop":
+        if self.optimizer_impl != "loop":
             raise UsageError(
                 f"--optimizer-impl {self.optimizer_impl} is not available with --state-dtype "
-                f"fp32: torch's "
-                "AdamW refuses fp32 moments on bf16 weights.",
+                f"{self.state_dtype}: torch's AdamW keeps moments in the weights' dtype.",
                 "Leave --optimizer-impl out.",
             )
+        self._refuse_declared("state_dtype", "NOT_8BIT", self.state_dtype == "8bit")
+        if not self._has_states():
+            raise UsageError(
+                f"--state-dtype {self.state_dtype} has no effect: {self.update} keeps no state "
+                f"of the plan's dtype.",
+                "Leave --state-dtype out.",
+            )
+
+    def _refuse_declared(self, name: str, attribute: str, hit: bool) -> None:
+        """Refuse a flag that one of the method's halves says it does not go with."""
+        for half in (self.halves.layer, self.halves.update):
+            if hit and hasattr(half, attribute):
+                value = getattr(self, name)
+                shown = flag(name) if value is True else f"{flag(name)} {value}"
+                raise UsageError(
+                    f"{shown} does not go with {self.method}: {getattr(half, attribute)}.",
+                    f"Leave {flag(name)} out.",
+                )
+
+    def _has_states(self) -> bool:
+        """Whether any tensor of the plan has a state whose dtype the plan decides."""
+        half, settings = self.recipe.half(covered=True)
+        if not {"embedding", "head", "norm"} <= set(half.COVERS) and not self.freeze_rest:
+            return True  # the rest is AdamW
+        matrix = self.architecture.layer_matrices()[0]
+        return any(tensor.dtype == "state" for tensor in half.state(matrix, settings))
+
+    def _check_per_layer(self) -> None:
+        if not self.per_layer_update:
+            if self.halves.fused_backward:
+                raise UsageError(
+                    f"{self.update} updates each tensor in backward: that is what it is.",
+                    "Leave --per-layer-update at its default.",
+                )
+            return
+        self._refuse_declared("per_layer_update", "NOT_PER_LAYER", True)
+        refused = (
+            ("grad_accum", self.grad_accum > 1, "a gradient is gone before the next micro-batch"),
+            ("zero_grad", self.zero_grad == "zero", "gradients are freed in backward"),
+            ("optimizer_impl", self.optimizer_impl == "foreach", "tensors are updated one by one"),
+        )
+        for name, hit, reason in refused:
+            if hit:
+                raise UsageError(
+                    f"{flag(name)} {getattr(self, name)} does not go with --per-layer-update: "
+                    f"{reason}.",
+                    f"Leave {flag(name)} out.",
+                )
 
     @property
     def architecture(self) -> Architecture:
         return architecture(self.model)
 
     @property
+    def recipe(self) -> Recipe:
+        """The method's halves with every setting resolved."""
+        return getattr(self, "_recipe")  # type: ignore[no-any-return]  # noqa: B009
+
+    @property
     def halves(self) -> Method:
         """The method's layer half and update half."""
-        return registry.method(self.method, self.update)
+        return self.recipe.halves
 
     @property
     def layer_settings(self) -> Any:
         """The layer half's settings, or None for a dense layer."""
-        return getattr(self, "_addressed") if self.halves.layer else None  # noqa: B009
+        return self.recipe.layer_settings
 
     @property
     def optimizer_settings(self) -> Any:
         """The update half's settings."""
-        return getattr(self, "_update")  # noqa: B009
+        return self.recipe.optimizer_settings
 
     @property
-    def rest_settings(self) -> Any:
-        """AdamW's settings for what the update half does not cover: its own value of each name
-        they share.
+    def updates(self) -> tuple[tuple[str, int], ...]:
+        """The updates an estimate replays and a probe measures: (kind, number).
+
+        A first, a steady one, and one for each half's periodic event.
         """
-        half = registry.rest()
-        fields = registry.setting_fields(half)
-        return half.Settings(**{k: v for k, v in self.update_settings.items() if k in fields})
+        layers = self.architecture.layers
+        numbers = [due(half, settings, layers) for half, settings in self.recipe.hooked()]
+        periodic = [("periodic", number) for number in numbers if number is not None]
+        return (("first", 0), ("steady", 1), *dict.fromkeys(periodic))
 
     @property
     def positions(self) -> int:
@@ -341,36 +370,6 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def published(facts: Facts, shape: Architecture, keys: Any) -> dict[str, Any]:
-    """Settings published for this size.
-
-    Those of the nearest published size, but never another size's rank.
-    """
-    if not facts.defaults:
-        return {}
-    nearest = nearest_size(tuple(facts.defaults), shape)
-    values: dict[str, Any] = {}
-    for key in keys:
-        sizes = tuple(size for size, known in facts.defaults.items() if key in known)
-        if key == "rank":
-            same = architecture(nearest) == dataclasses.replace(shape, name=nearest)
-            if same and key in facts.defaults[nearest]:
-                values[key] = facts.defaults[nearest][key]
-        elif sizes:
-            values[key] = facts.defaults[nearest_size(sizes, shape)][key]
-    return values
-
-
-def nearest_size(sizes: tuple[str, ...], shape: Architecture) -> str:
-    """The preset size whose parameter count is nearest by ratio."""
-
-    def distance(size: str) -> float:
-        ratio = architecture(size).parameters / shape.parameters
-        return max(ratio, 1 / ratio)
-
-    return min(sizes, key=distance)
-
-
 _KINDS: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "int": (int,),
@@ -397,26 +396,3 @@ def _positive(name: str, value: Any) -> None:
             f"{flag(name)} must be a positive whole number, not {value!r}.",
             f"Type for example {flag(name)} 8.",
         )
-
-
-def _parse(key: str, value: Any, kind: str) -> Any:
-    """A setting's text as its declared type. Raises UsageError."""
-    try:
-        if kind == "bool":
-            return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
-        if kind == "int":
-            if isinstance(value, float) and not value.is_integer():
-                raise ValueError
-            return int(value)
-        if kind == "float":
-            return float(value)
-        if kind.startswith("tuple"):
-            parts = value.split(",") if isinstance(value, str) else value
-            return tuple(float(part) for part in parts)
-        return str(value)
-    except (ValueError, KeyError, TypeError):
-        example = {"bool": "true", "int": "8", "float": "0.25"}.get(kind, "0.9,0.999")
-        raise UsageError(
-            f"{key} {value!r} is not a valid {kind.split('[')[0]}.",
-            f"Type for example --set {key}={example}.",
-        ) from None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import math
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 
 PACKAGE = "effprof.methods"
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "int32": 4, "int64": 8, "uint8": 1}
+
+# bitsandbytes' block-wise states: one fp32 maximum per 256 numbers (since 0.44), and tensors of
+# fewer than 4096 numbers stay fp32.
+QUANTISED_BLOCK = 256
+QUANTISED_FROM = 4096
+ABSMAX = ".absmax"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +103,7 @@ class Facts:
 @dataclass(slots=True)
 class Clock:
     """Where a run is: ``update`` counts finished optimizer updates, ``lr`` is this update's
-    learning rate.
+    learning rate, ``since_restart`` counts updates since the last restart (of the run, if none).
     """
 
     update: int = 0
@@ -110,12 +117,40 @@ class Clock:
 class Group:
     """What is trained together: tensors, their gradients and optimizer state by name, changed in
     place.
+
+    ``age`` counts the updates its state has seen since it began or was last reset: bias correction
+    and schedules of a tensor's own read it. ``seed`` is this group's own.
     """
 
     matrix: Matrix
     tensors: dict[str, TorchTensor]
     gradients: dict[str, TorchTensor]
     state: dict[str, TorchTensor]
+    age: int = 0
+    seed: int = 0
+
+    def reset(self) -> None:
+        """Zero the state in place, as if the next update were the first."""
+        for tensor in self.state.values():
+            tensor.zero_()
+        self.age = 0
+
+    def release(self) -> None:
+        """Free the state; an update of this group allocates it again."""
+        self.state.clear()
+        self.age = 0
+
+
+@dataclass(slots=True)
+class Layer:
+    """One replaced matrix after an update: all its tensors by name, trained or not, and the groups
+    that train some of them (one per tensor by that tensor's name, or one for all).
+    """
+
+    matrix: Matrix
+    tensors: dict[str, TorchTensor]
+    groups: dict[str, Group]
+    seed: int
 
 
 class LayerHalf(Protocol):
@@ -150,6 +185,20 @@ class LayerHalf(Protocol):
     ) -> tuple[TorchTensor, dict[str, TorchTensor]]: ...
     def dense(self, tensors: Mapping[str, TorchTensor], settings: Any, /) -> TorchTensor | None: ...
 
+    # Optional, asked for through the functions at the end of this file or by the optimizer host:
+    # after_step(layers, rest, clock, settings): merge, refactorize, reset, at the end of step();
+    #   ``layers`` are the replaced matrices, ``rest`` every other group; ``clock.update`` already
+    #   counts this update
+    # active(matrices, clock, settings) -> which trained tensors need a gradient in this update
+    # turns(matrices, settings): one update per set of active tensors, where they take turns
+    # before_step(layers, clock, settings): between backward and the updates, with all gradients
+    # differentiated(settings, update): which of the layer's own tensors have a gradient in it
+    # lr_factor(clock, settings): multiplied onto the learning rate of every parameter
+    # phases(settings, update), due(settings, layers): see the functions of these names below
+    # edit(settings) -> fields of the Architecture that the method changes
+    # NOT_PER_LAYER, NOT_8BIT: why the method does not go with that flag
+    # STARTS_DENSE: the host passes the model's own initial matrix to ``init``
+
 
 class UpdateHalf(Protocol):
     """What the optimizer keeps and does per trainable tensor, in the contract's order."""
@@ -164,6 +213,10 @@ class UpdateHalf(Protocol):
         self, matrix: Matrix, tokens: int, settings: Any, /
     ) -> Mapping[str, tuple[Tensor, ...]]: ...
     def update(self, group: Group, clock: Clock, settings: Any, /) -> None: ...
+
+    # Optional: JOINT (one group per matrix of a layer half instead of one per tensor),
+    # FUSED_BACKWARD (the method is defined by --per-layer-update), NATIVE_8BIT (``update`` reads
+    # quantised states itself), and after_step, active, lr_factor, phases and due as above.
 
 
 @dataclass(frozen=True)
@@ -193,9 +246,19 @@ class Method:
         return getattr(self.update, "TORCH_OPTIMIZER", None)
 
     @property
-    def periods(self) -> tuple[str, ...]:
-        """The settings that are a number of updates between periodic events."""
-        return tuple(getattr(self.update, "PERIODS", ()))
+    def one_file(self) -> bool:
+        """Whether both halves are the same file's, which has one set of settings."""
+        return cast("Any", self.layer) is self.update
+
+    @property
+    def joint(self) -> bool:
+        """Whether the update half trains a layer's tensors together."""
+        return self.layer is not None and bool(getattr(self.update, "JOINT", False))
+
+    @property
+    def fused_backward(self) -> bool:
+        """Whether the method is defined by updating each tensor as backward produces it."""
+        return bool(getattr(self.update, "FUSED_BACKWARD", False))
 
 
 @functools.cache
@@ -244,6 +307,35 @@ def method(name: str, update: str | None = None) -> Method:
     )
 
 
+def published_sizes(name: str, update: str = "") -> frozenset[str]:
+    """The model sizes for which either half's settings are published."""
+    chosen = method(name, update or None)
+    return frozenset((*chosen.facts.defaults, *chosen.update.FACTS.defaults))
+
+
 def setting_fields(half: LayerHalf | UpdateHalf) -> dict[str, dataclasses.Field[Any]]:
     """The settings a half reads, by name."""
     return {item.name: item for item in dataclasses.fields(half.Settings)}
+
+
+def phases(half: Any, settings: Any, update: int) -> tuple[str, ...]:
+    """What an update half does in the update of that number: ``refresh`` before ``update``, or not.
+
+    A half says so itself, or names in PERIODS the settings that divide the updates of a refresh.
+    """
+    if hasattr(half, "phases"):
+        return cast("tuple[str, ...]", half.phases(settings, update))
+    if any(update % getattr(settings, name) == 0 for name in getattr(half, "PERIODS", ())):
+        return ("refresh", "update")
+    return ("update",)
+
+
+def due(half: Any, settings: Any, layers: int) -> int | None:
+    """The number of an update, after the first two, in which the half's periodic event happens.
+
+    None where it has none. ``layers`` is how many decoder layers the model has.
+    """
+    if hasattr(half, "due"):
+        return cast("int", half.due(settings, layers))
+    periods = getattr(half, "PERIODS", ())
+    return math.lcm(*(getattr(settings, name) for name in periods)) if periods else None

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from effprof import registry
 from effprof.model import Architecture, Matrix
 from effprof.plan import Plan
-from effprof.registry import ITEMSIZE, Saved, Tensor, UpdateHalf
+from effprof.registry import ITEMSIZE, Clock, Flops, Saved, Tensor
+from effprof.trained import Trained, trained
 
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """One trainable tensor with what the optimizer keeps for it.
-
-    ``matrix`` has this tensor's own shape. ``covered`` says whether the plan's update half takes
-    it; the rest is AdamW.
-    """
-
-    tensor: Tensor
-    matrix: Matrix
-    covered: bool
-    hosted: bool
-    state: tuple[Tensor, ...]
-    transient: Mapping[str, tuple[Tensor, ...]]
+_NO_PRODUCTS = Flops()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +31,12 @@ class Unit:
     saved: Saved
     transient: Mapping[str, tuple[Tensor, ...]]
     trained: tuple[Trained, ...]
+    products: Flops
+
+    @property
+    def backward(self) -> int:
+        """Products of a layer half's backward for one micro-batch."""
+        return sum(self.products.backward.values())
 
 
 @dataclass(frozen=True)
@@ -91,12 +85,35 @@ class Step:
         for unit, times in self.units():
             for tensor in unit.tensors:
                 sizes[tensor.role] += times * self.nbytes(tensor)
-            for trained in unit.trained:
-                sizes["optimizer"] += times * sum(map(self.nbytes, trained.state))
-                if self.plan.zero_grad == "zero":
-                    sizes["gradients"] += times * self.nbytes(trained.tensor)
+            for kept in unit.trained:
+                if not (kept.covered and self.turns):
+                    sizes["optimizer"] += times * sum(map(self.nbytes, kept.state))
+                    if self.plan.zero_grad == "zero":
+                        sizes["gradients"] += times * sum(map(self.nbytes, kept.tensors))
         sizes["buffers"] += sum(map(self.nbytes, model_buffers(self.plan)))
+        if self.turns:
+            held = max(self.turns, key=lambda turn: self._state_bytes(turn))
+            sizes["optimizer"] += self._state_bytes(held)
+            if self.plan.zero_grad == "zero":
+                sizes["gradients"] += sum(self.nbytes(t) for one in held for t in one.tensors)
         return sizes
+
+    def _state_bytes(self, turn: tuple[Trained, ...]) -> int:
+        return sum(self.nbytes(tensor) for one in turn for tensor in one.state)
+
+    @functools.cached_property
+    def turns(self) -> tuple[tuple[Trained, ...], ...]:
+        """What is trained in each turn, where an update half lets blocks take turns; else empty."""
+        half, settings = self.plan.recipe.half(covered=True)
+        if not hasattr(half, "turns"):
+            return ()
+        placed = [(name, one) for name, unit in self.placed for one in unit.trained]
+        matrices = [dataclasses.replace(one.matrix, layer=layer_of(name)) for name, one in placed]
+        found = []
+        for update in half.turns(matrices, settings):
+            flags = half.active(matrices, Clock(update), settings)
+            found.append(tuple(one for (_, one), flag in zip(placed, flags, strict=True) if flag))
+        return tuple(found)
 
     def itemsize(self, dtype: str) -> int:
         """Bytes per number of a dtype name, the plan's own names resolved."""
@@ -108,7 +125,7 @@ class Step:
         """``weight``, ``compute`` and ``state`` as the plan has them; other names as they are."""
         plan = self.plan
         if name == "state":
-            return plan.weight_dtype if plan.state_dtype == "same" else plan.state_dtype
+            return plan.weight_dtype if plan.state_dtype == "same" else "fp32"
         return {"weight": plan.weight_dtype, "compute": plan.compute_dtype}.get(name, name)
 
     def nbytes(self, tensor: Tensor) -> int:
@@ -117,7 +134,7 @@ class Step:
 
 def work_out(plan: Plan) -> Step:
     """The step of a plan. Raises UsageError where a method cannot take one of the matrices."""
-    shape = plan.architecture
+    shape = edited(plan)
     layer = [_linear(plan, matrix) for matrix in shape.layer_matrices()]
     layer += [
         _plain(plan, Matrix(name, length, 1, kind, 0, flat=True))
@@ -128,6 +145,24 @@ def work_out(plan: Plan) -> Step:
     if shape.head:
         after.append(_plain(plan, shape.head))
     return Step(plan, shape, tuple(layer), (_plain(plan, shape.embedding),), tuple(after))
+
+
+def layer_of(name: str) -> int:
+    """The decoder layer a parameter belongs to; -1 for what stands before and after them."""
+    return int(name.split(".layers.")[1].split(".")[0]) if ".layers." in name else -1
+
+
+def edited(plan: Plan) -> Architecture:
+    """The plan's architecture with what its method changes outside the matrices."""
+    half = plan.halves.layer
+    edit = getattr(half, "edit", None)
+    if edit is None:
+        return plan.architecture
+    changes: Mapping[str, Any] = edit(plan.layer_settings)
+    config = dict(plan.architecture.config)
+    if "activation" in changes:
+        config |= {"hidden_act": changes["activation"], "hidden_activation": changes["activation"]}
+    return dataclasses.replace(plan.architecture, **changes, config=config)
 
 
 def model_buffers(plan: Plan) -> tuple[Tensor, ...]:
@@ -156,6 +191,7 @@ def _linear(plan: Plan, matrix: Matrix) -> Unit:
         half.saved(matrix, tokens, settings),
         half.transient(matrix, tokens, settings),
         targeted=True,
+        products=half.flops(matrix, tokens, settings),
     )
 
 
@@ -173,33 +209,15 @@ def _unit(
     transient: Mapping[str, tuple[Tensor, ...]],
     *,
     targeted: bool,
+    products: Flops = _NO_PRODUCTS,
 ) -> Unit:
-    trained = tuple(
-        _trained(plan, matrix, tensor, targeted=targeted) for tensor in tensors if tensor.trainable
+    kept = trained(
+        plan.recipe,
+        matrix,
+        tensors,
+        plan.positions,
+        targeted=targeted,
+        on_cpu=plan.device == "cpu",
     )
     layer_half = targeted and plan.halves.layer is not None
-    return Unit(matrix, targeted, layer_half, tensors, saved, transient, trained)
-
-
-def _trained(plan: Plan, matrix: Matrix, tensor: Tensor, *, targeted: bool) -> Trained:
-    flat = len(tensor.shape) == 1
-    own = Matrix(
-        f"{matrix.name} {tensor.name}",
-        tensor.shape[0],
-        1 if flat else tensor.shape[1],
-        matrix.kind,
-        matrix.layer,
-        matrix.heads,
-        flat=flat,
-    )
-    kind = ("bias" if flat else "linear") if targeted else matrix.kind
-    if kind not in ("linear", "embedding", "head", "norm", "bias"):
-        kind = "linear"  # an untargeted projection
-    method = plan.halves
-    covered = kind in method.update.COVERS and (targeted or kind != "linear")
-    half: UpdateHalf = method.update if covered else registry.rest()
-    settings = plan.optimizer_settings if covered else plan.rest_settings
-    # torch's AdamW refuses moments in another dtype than the weight's.
-    hosted = hasattr(half, "TORCH_OPTIMIZER") and plan.state_dtype == "same"
-    transient = half.transient(own, plan.positions, settings)
-    return Trained(tensor, own, covered, hosted, half.state(own, settings), transient)
+    return Unit(matrix, targeted, layer_half, tensors, saved, transient, kept, products)

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from effprof import blockwise
 from effprof.model import Matrix
-from effprof.registry import Clock, Facts, Flops, Group, Tensor
+from effprof.registry import QUANTISED_BLOCK, Clock, Facts, Flops, Group, Tensor
 
 from . import _checks
+
+if TYPE_CHECKING:
+    from torch import Tensor as TorchTensor
 
 FACTS = Facts(
     title="Full-rank AdamW",
@@ -34,6 +38,9 @@ FACTS = Facts(
 TORCH_OPTIMIZER = "AdamW"
 IMPLEMENTATIONS = ("fused", "foreach", "loop")
 COVERS = ("linear", "embedding", "head", "norm", "bias")
+NATIVE_8BIT = True
+ABSMAX_FIRST = "exp_avg.absmax"
+_CHUNK = 2**18  # numbers of an 8-bit state that the CPU has in fp32 at once
 
 
 @dataclass(frozen=True)
@@ -66,14 +73,24 @@ def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:
 
 
 def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, tuple[Tensor, ...]]:
-    """Of ``update``: the denominator, the step, and the weight in fp32."""
+    """Of ``update``: the denominator, the step, and the weight in fp32.
+
+    Of torch's foreach (over all tensors at once) and loop (one tensor at a time), and of 8-bit
+    states on the CPU, a chunk at a time.
+    """
     shape = matrix.shape
+    denominator = Tensor("denominator", shape, "weight", "workspace")
+    chunk = (min(matrix.numel, _CHUNK),)
+    names = ("exp_avg", "exp_avg_sq", "gradient", "denominator", "step")
     return {
         "update": (
             Tensor("weight_fp32", shape, "fp32", "workspace"),
             Tensor("denominator", shape, "fp32", "workspace"),
             Tensor("step", shape, "fp32", "workspace"),
-        )
+        ),
+        "foreach": (denominator,),
+        "loop": (denominator, Tensor("step", shape, "weight", "workspace")),
+        "8bit": tuple(Tensor(f"{name}_fp32", chunk, "fp32", "workspace") for name in names),
     }
 
 
@@ -87,21 +104,59 @@ def torch_settings(settings: Settings) -> dict[str, Any]:
 
 
 def update(group: Group, clock: Clock, settings: Settings) -> None:
-    """AdamW with moments in fp32 whatever the weights' dtype.
+    """AdamW with moments in fp32, or in 8 bits, whatever the weights' dtype.
 
     The weight is rounded once per update.
     """
-    weight, gradient = group.tensors["weight"], group.gradients["weight"].float()
-    first, second = group.state["exp_avg"], group.state["exp_avg_sq"]
-    beta1, beta2 = settings.betas
+    weight, gradient = group.tensors["weight"], group.gradients["weight"]
     group.state["step"].add_(1)
+    if ABSMAX_FIRST in group.state:
+        _update_quantised(group, clock, settings)
+        return
+    moments = group.state["exp_avg"], group.state["exp_avg_sq"]
+    _adamw(weight, gradient, *moments, group.age + 1, clock.lr, settings)
+
+
+def _adamw(
+    weight: TorchTensor,
+    gradient: TorchTensor,
+    first: TorchTensor,
+    second: TorchTensor,
+    count: int,
+    lr: float,
+    settings: Settings,
+) -> None:
+    """One update of a tensor, or of a part of it, with fp32 moments."""
+    gradient = gradient.float()
+    beta1, beta2 = settings.betas
     first.lerp_(gradient, 1 - beta1)
     second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
     del gradient
-    update_count = clock.update + 1
-    correction1, correction2 = 1 - beta1**update_count, 1 - beta2**update_count
-    denominator = second.sqrt().div_(correction2**0.5).add_(settings.eps)
-    step = (first / denominator).mul_(-clock.lr / correction1)
+    denominator = second.sqrt().div_((1 - beta2**count) ** 0.5).add_(settings.eps)
+    step = (first / denominator).mul_(-lr / (1 - beta1**count))
     if settings.weight_decay:
-        step.add_(weight, alpha=-clock.lr * settings.weight_decay)
+        step.add_(weight, alpha=-lr * settings.weight_decay)
     weight.copy_(step.add_(weight))
+
+
+def _update_quantised(group: Group, clock: Clock, settings: Settings) -> None:
+    """bitsandbytes' one kernel on a GPU; on the CPU chunk by chunk through fp32, the same rule."""
+    weight, gradient = group.tensors["weight"], group.gradients["weight"]
+    moments = [
+        (name, group.state[name].view(-1), group.state[f"{name}.absmax"])
+        for name in ("exp_avg", "exp_avg_sq")
+    ]
+    if weight.device.type == "cuda":
+        blockwise.adamw(weight, gradient, moments, group.age + 1, clock.lr, settings)
+        return
+    flat, flat_gradient = weight.view(-1), gradient.reshape(-1)
+    for start in range(0, weight.numel(), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        blocks = slice(start // QUANTISED_BLOCK, -(-(start + _CHUNK) // QUANTISED_BLOCK))
+        first, second = (
+            blockwise.unpacked(name, packed[part], absmax[blocks])
+            for name, packed, absmax in moments
+        )
+        _adamw(flat[part], flat_gradient[part], first, second, group.age + 1, clock.lr, settings)
+        for (name, packed, absmax), value in zip(moments, (first, second), strict=True):
+            blockwise.pack(name, value, packed[part], absmax[blocks])

@@ -9,16 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from effprof.errors import unknown
 from effprof.model import Matrix
 from effprof.registry import Clock, Facts, Flops, Group, Tensor
 
-from . import _checks
-
-if TYPE_CHECKING:
-    from torch import Tensor as TorchTensor
+from . import _checks, _moments, _projection
 
 FACTS = Facts(
     title="GaLore",
@@ -29,8 +24,7 @@ FACTS = Facts(
     deviations=(
         "eps is 1e-8 as in the paper's pseudo-code; the release uses 1e-6 (--set eps=1e-6).",
         "A square matrix is projected from the right, as the release does; the paper projects it "
-        "from the left "
-        "(--set side=left).",
+        "from the left (--set side=left).",
         "rank 512 at 1b is the paper's table; the released script passes 1024.",
         "Embeddings, head and norms get AdamW in the same run, as in the release.",
     ),
@@ -47,7 +41,6 @@ FACTS = Facts(
 )
 COVERS = ("linear",)
 PERIODS = ("refresh",)
-SIDES = ("std", "reverse_std", "left", "right")
 
 
 @dataclass(frozen=True)
@@ -58,41 +51,22 @@ class Settings:
     scale: float = 0.25
     refresh: int = 200
     side: str = "std"
+    svd: str = "exact"
     betas: tuple[float, ...] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        _checks.positive("rank", self.rank)
-        _checks.positive("scale", self.scale)
-        _checks.positive("refresh", self.refresh)
-        if self.side not in SIDES:
-            raise unknown("side", self.side, SIDES)
-        _checks.betas(self.betas)
-        _checks.positive("eps", self.eps)
-        _checks.not_negative("weight_decay", self.weight_decay)
-
-
-def _from_right(rows: int, columns: int, side: str) -> bool:
-    """Whether the gradient G is projected as G Pᵀ (from the right) or as Pᵀ G."""
-    if side == "std":
-        return rows >= columns
-    if side == "reverse_std":
-        return rows < columns
-    return side == "right"
-
-
-def _shapes(matrix: Matrix, settings: Settings) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The shapes of the projector and of the projected gradient."""
-    _checks.rank_below(matrix, settings.rank)
-    if _from_right(matrix.rows, matrix.columns, settings.side):
-        return (settings.rank, matrix.columns), (matrix.rows, settings.rank)
-    return (matrix.rows, settings.rank), (settings.rank, matrix.columns)
+        for name in ("rank", "scale", "refresh"):
+            _checks.positive(name, getattr(self, name))
+        _checks.one_of("side", self.side, _projection.SIDES)
+        _checks.one_of("svd", self.svd, _projection.SVD)
+        _checks.adam(self)
 
 
 def state(matrix: Matrix, settings: Settings) -> tuple[Tensor, ...]:
     """The projector and both moments of the projected gradient."""
-    projector, projected = _shapes(matrix, settings)
+    projector, projected = _projection.shapes(matrix, settings.rank, settings.side)
     return (
         Tensor("projector", projector, "weight", "optimizer"),
         Tensor("exp_avg", projected, "state", "optimizer"),
@@ -101,73 +75,45 @@ def state(matrix: Matrix, settings: Settings) -> tuple[Tensor, ...]:
 
 
 def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:
-    """Project and project back; AdamW on the projected gradient; a thin SVD per refresh.
-
-    The SVD is 14 q p² + 8 p³ for sides p <= q (Golub & Van Loan, R-SVD with both factors).
-    """
+    """Project and project back; AdamW on the projected gradient; a refresh now and then."""
     product = 2 * matrix.numel * settings.rank
-    _, projected = _shapes(matrix, settings)
-    p, q = matrix.shorter, matrix.longer
+    _, projected = _projection.shapes(matrix, settings.rank, settings.side)
+    refresh = _projection.leading_flops(matrix, settings.rank, settings.svd)
     return Flops(
         update={"project": product, "back": product},
         elementwise={"adamw": 12 * projected[0] * projected[1]},
-        periodic={"svd": (14 * q * p**2 + 8 * p**3) / settings.refresh},
+        periodic={"svd": refresh / settings.refresh},
     )
 
 
 def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, tuple[Tensor, ...]]:
-    """Two tensors of the projected shape in an update; in a refresh what torch has for an SVD.
-
-    That is a copy of the fp32 gradient beside the factors, as recorded on the CPU; what LAPACK or
-    cuSOLVER allocates inside is not here.
-    """
-    _, projected = _shapes(matrix, settings)
-    p, q = matrix.shorter, matrix.longer
+    """Two tensors of the projected shape in an update; in a refresh what an SVD needs."""
+    _, projected = _projection.shapes(matrix, settings.rank, settings.side)
     return {
         "update": (
             Tensor("denominator", projected, "state", "workspace"),
             Tensor("step", projected, "state", "workspace"),
         ),
-        "refresh": (
-            Tensor("gradient_fp32", (matrix.rows, matrix.columns), "upcast", "workspace"),
-            Tensor("left", (matrix.rows, p), "fp32", "workspace"),
-            Tensor("right", (p, matrix.columns), "fp32", "workspace"),
-            Tensor("svd_copy", (p, q), "fp32", "workspace"),
-            Tensor("singular_values", (p,), "fp32", "workspace"),
-        ),
+        "refresh": _projection.leading_transient(matrix, settings.rank, settings.svd),
     }
-
-
-def _basis(gradient: TorchTensor, settings: Settings) -> TorchTensor:
-    """The leading singular vectors of one gradient, orthonormal, in its dtype."""
-    import torch
-
-    left, _, right = torch.linalg.svd(gradient.float(), full_matrices=False)
-    from_right = _from_right(gradient.shape[0], gradient.shape[1], settings.side)
-    basis: TorchTensor = right[: settings.rank] if from_right else left[:, : settings.rank]
-    return basis.to(gradient.dtype)
 
 
 def update(group: Group, clock: Clock, settings: Settings) -> None:
     """One update of a rows × columns weight.
 
-    The basis is renewed when ``refresh`` divides the update count.
+    The basis is renewed when ``refresh`` divides the updates its state has seen.
     """
     weight, gradient = group.tensors["weight"], group.gradients["weight"]
     projector, first, second = (group.state[k] for k in ("projector", "exp_avg", "exp_avg_sq"))
-    if clock.update % settings.refresh == 0:
-        projector.copy_(_basis(gradient, settings))
-    right = _from_right(gradient.shape[0], gradient.shape[1], settings.side)
-    projected = gradient @ projector.t() if right else projector.t() @ gradient
-    projected = projected.to(first.dtype)
-    beta1, beta2 = settings.betas
-    first.lerp_(projected, 1 - beta1)
-    second.mul_(beta2).addcmul_(projected, projected, value=1 - beta2)
+    right = _projection.from_right(gradient.shape[0], gradient.shape[1], settings.side)
+    if group.age % settings.refresh == 0:
+        old = projector if group.age else None
+        projector.copy_(_projection.leading(gradient, settings, old, group.seed, right=right))
+    projected = _projection.project(gradient, projector, right=right).to(first.dtype)
+    _moments.advance(first, second, projected, settings.betas)
     del projected
-    count = clock.update + 1
-    step_size = clock.lr * settings.scale * (1 - beta2**count) ** 0.5 / (1 - beta1**count)
-    step = (first / second.sqrt().add_(settings.eps)).to(weight.dtype)
-    factors = (step, projector) if right else (projector, step)
-    weight.addmm_(*factors, alpha=-step_size)
+    step = _moments.direction(first, second, settings.eps).to(weight.dtype)
+    size = clock.lr * settings.scale * _moments.correction(settings.betas, group.age + 1)
+    weight.addmm_(*_projection.factors(step, projector, right=right), alpha=-size)
     if settings.weight_decay:
         weight.mul_(1 - clock.lr * settings.weight_decay)

@@ -59,11 +59,16 @@ class Settings:
     def __post_init__(self) -> None:
         _checks.positive("rank", self.rank)
         _checks.positive("alpha", self.alpha)
-        if not 0 < self.density < 1:
-            raise UsageError(
-                f"density must lie between 0 and 1, not {self.density!r}.",
-                "Type --set density=0.03; without a sparse part use the low-rank method.",
-            )
+        check_density(self.density)
+
+
+def check_density(density: float) -> None:
+    """Raise UsageError unless some entries are kept and some are not."""
+    if not 0 < density < 1:
+        raise UsageError(
+            f"density must lie between 0 and 1, not {density!r}.",
+            "Type --set density=0.03; without a sparse part use the low-rank method.",
+        )
 
 
 def _support(matrix: Matrix, settings: Settings) -> int:

@@ -21,9 +21,8 @@ def record(plan: Plan) -> Tape:
     model, optimizer = build(plan, lr=1e-3)
     recorder.name(pointers(dict(model.named_parameters()), "weights"))
     recorder.name(pointers(dict(model.named_buffers()), "buffers"))
-    for kind in ("first", "steady", *(["periodic"] if plan.halves.periods else [])):
-        if kind == "periodic":
-            probe.force_periodic(optimizer, plan)
+    for kind, number in plan.updates:
+        optimizer.seek(number)
 
         def on_phase(phase: str, kind: str = kind) -> None:
             recorder.mark(kind, phase)

@@ -42,10 +42,18 @@ def method(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_allocated_equals_declared(method: str, dtype: str, tiny: str) -> None:
-    plan = small(tiny, method, dtype=dtype, zero_grad="zero")
+    fused = registry.method(method).fused_backward
+    plan = small(tiny, method, dtype=dtype, zero_grad="none" if fused else "zero")
+    step = work_out(plan)
     model, optimizer = build(plan)
-    probe.one_update(model, optimizer, plan, CPU)
-    assert probe.resident(model, optimizer) == work_out(plan).resident()
+    turns = _turns(optimizer, plan)
+    found = []
+    for update in turns:  # where blocks take turns, the largest is what is declared
+        if update:
+            optimizer.seek(update)
+        probe.one_update(model, optimizer, plan, CPU)
+        found.append(probe.resident(model, optimizer))
+    assert max(found, key=lambda sizes: sizes["optimizer"]) == step.resident()
 
 
 @pytest.mark.parametrize(
@@ -63,6 +71,10 @@ def test_allocated_equals_declared(method: str, dtype: str, tiny: str) -> None:
     ids=str,
 )
 def test_synthesized_peak_equals_recorded(method: str, changes: dict[str, Any], tiny: str) -> None:
+    if registry.method(method).fused_backward and "grad_accum" in changes:
+        with pytest.raises(UsageError, match="per-layer-update"):
+            small(tiny, method, **changes)
+        return
     plan = small(tiny, method, micro_batch=4, seq_len=64, **changes)
     expected, real = peak(synthesize(work_out(plan))), peak(record(plan))
     assert expected.size == pytest.approx(real.size, rel=1e-3)
@@ -130,15 +142,27 @@ def test_products_equal_the_flop_counter(
             small(configs[model], method, **changes)
         return
     plan = small(configs[model], method, attention="math", micro_batch=3, **changes)
-    model, _ = build(plan)
+    model, optimizer = build(plan)
     batch = probe.random_batch(plan, CPU)
-    with FlopCounterMode(display=False) as forward:
-        loss = forward_loss(model, batch, plan)
-    with FlopCounterMode(display=False) as second:
-        backward(loss, plan)
-    counted = flops(work_out(plan))
-    assert forward.get_total_flops() == round(counted.forward_per_token * plan.positions)
-    assert forward.get_total_flops() + second.get_total_flops() == counted.executed
+    counted, totals = flops(work_out(plan)), []
+    for update in _turns(optimizer, plan):
+        optimizer.seek(update or 1)  # in an update without a refresh
+        with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as forward:
+            loss = forward_loss(model, batch, plan)
+        with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as second:
+            backward(loss, plan)
+        optimizer.zero_grad()
+        assert forward.get_total_flops() == round(counted.forward_per_token * plan.positions)
+        totals.append(forward.get_total_flops() + second.get_total_flops())
+    assert round(sum(totals) / len(totals)) == counted.executed
+
+
+def _turns(optimizer: Any, plan: Any) -> Any:
+    """One update of each set of tensors that take turns; the first where all are trained."""
+    half, settings = plan.recipe.half(covered=True)
+    if not hasattr(half, "turns"):
+        return (0,)
+    return half.turns([cell.group.matrix for cell in optimizer._distinct], settings)
 
 
 def test_update_products_equal_the_flop_counter(method: str, tiny: str) -> None:
@@ -164,7 +188,7 @@ def test_every_setting_is_read(method: str) -> None:
     matrix = Matrix("model.layers.0.mlp.up_proj.weight", 48, 32, "up")
     half: Any = chosen.addressed
     read: set[str] = set()
-    defaults = {"rank": 4} if _has(method, "rank") else {}
+    defaults: dict[str, Any] = {"rank": 4} if _has(method, "rank") else {}
 
     class Watched(half.Settings):  # type: ignore[misc, name-defined]
         def __getattribute__(self, name: str) -> Any:
@@ -182,20 +206,59 @@ def test_every_setting_is_read(method: str) -> None:
 
 def _exercise(chosen: registry.Method, half: Any, matrix: Matrix, settings: Any) -> None:
     """Everything a half is asked during one update, with these settings."""
+    tensors: dict[str, Any] = {}
     if chosen.layer is not None:
-        tensors = half.init(matrix, settings, 0)
+        start = torch.randn(matrix.shape) if hasattr(half, "STARTS_DENSE") else None
+        tensors = half.init(matrix, settings, 0, start)
         half.weights(matrix, settings)
         x = torch.randn(8, matrix.columns)
         out, saved = half.forward(x, tensors, settings)
         half.backward(torch.randn_like(out), x, saved, tensors, settings)
-        return
-    if chosen.hosted:
+    if chosen.hosted and chosen.layer is None:
         half.torch_settings(settings)
+    _exercise_hooks(half, matrix, tensors, settings)
+    if not hasattr(half, "update") or chosen.hosted:
         return
-    weight, gradient = torch.randn(matrix.shape), torch.randn(matrix.shape)
-    state = {tensor.name: torch.zeros(tensor.shape) for tensor in half.state(matrix, settings)}
-    group = Group(matrix, {"weight": weight}, {"weight": gradient}, state)
-    half.update(group, Clock(lr=0.1), settings)
+    groups = [_group(half, matrix, tensors, settings)]
+    if chosen.layer is None:
+        groups.append(_group(half, dataclasses.replace(matrix, kind="head"), {}, settings))
+    for group in groups:
+        for update in (0, 30, half.due(settings, 2) if hasattr(half, "due") else 0):
+            half.update(group, Clock(update=update, total_updates=99, lr=0.1), settings)
+
+
+def _group(half: Any, matrix: Matrix, tensors: dict[str, Any], settings: Any) -> Group:
+    tensors = dict(tensors) or {"weight": torch.randn(matrix.shape)}
+    gradients = {name: torch.randn_like(one) for name, one in tensors.items()}
+    state = {
+        one.name: torch.zeros(one.shape, dtype=torch.int32 if one.dtype == "int32" else None)
+        for one in half.state(matrix, settings)
+    }
+    return Group(matrix, tensors, gradients, state)
+
+
+def _exercise_hooks(half: Any, matrix: Matrix, tensors: dict[str, Any], settings: Any) -> None:
+    """The optional functions of a half, at an update where they all do something."""
+    layer = registry.Layer(matrix, tensors, {}, 0)
+    for name in ("A", "B"):
+        if name in tensors:
+            moment = {"exp_avg": torch.rand(tensors[name].shape)}
+            layer.groups[name] = Group(matrix, {}, {}, moment)
+    due = half.due(settings, 2) if hasattr(half, "due") else 0
+    clock = Clock(update=due + 1, total_updates=99)
+    if hasattr(half, "edit"):
+        half.edit(settings)
+    if hasattr(half, "differentiated"):
+        half.differentiated(settings, 0)
+        tensors["weight"].grad = torch.randn(matrix.shape)
+        layer.groups["factor"] = Group(matrix, {}, {}, {})
+        half.before_step([layer], Clock(total_updates=99), settings)
+    if hasattr(half, "after_step"):
+        half.after_step([layer], [], clock, settings)
+    if hasattr(half, "lr_factor"):
+        half.lr_factor(Clock(update=due + 1, since_restart=0), settings)
+    if hasattr(half, "active"):
+        half.active([matrix], Clock(), settings)
 
 
 def test_dense_form_is_the_layer(method: str, tiny: str) -> None:
@@ -211,7 +274,9 @@ def test_dense_form_is_the_layer(method: str, tiny: str) -> None:
     for module in hosted:
         x = torch.randn(5, module.in_features)
         weight = module.dense()
-        assert weight is not None
+        if weight is None:
+            assert plan.method == "cola"
+            return
         torch.testing.assert_close(module(x), x @ weight.t(), rtol=1e-4, atol=1e-5)
 
 

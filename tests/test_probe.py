@@ -14,7 +14,6 @@ from helpers import run_cli, small
 from effprof import registry
 from effprof.plan import Plan
 from effprof.trainer import probe as probes
-from effprof.trainer import probe_child
 
 
 @pytest.mark.parametrize(
@@ -91,10 +90,7 @@ def test_a_killed_probe_says_so(tiny: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert "SIGKILL" in result.detail
 
 
-def test_forced_refresh_is_due_for_every_period() -> None:
-    from effprof.trainer.build import build
-
+def test_a_periodic_update_is_due_for_every_half() -> None:
+    """The probe measures the update each half's periodic event happens in."""
     plan = Plan(model="9m", method="galore", device="cpu", settings={"refresh": 7})
-    _, optimizer = build(plan)
-    probe_child.force_periodic(optimizer, plan)
-    assert optimizer.clock.update % 7 == 0
+    assert plan.updates == (("first", 0), ("steady", 1), ("periodic", 7))

@@ -96,6 +96,7 @@ class Graph:
         self.module = ""
         self.recording = True
         self.saving: Saving | None = None
+        self.on_gradient: Callable[[Leaf], None] | None = None
         self._sequence = 0
 
     def close(self) -> None:
@@ -184,6 +185,8 @@ class Graph:
             if isinstance(node, Leaf):
                 self._accumulate(node, gradient)
                 del gradient
+                if self.on_gradient is not None:
+                    self.on_gradient(node)
                 continue
             self.module = f"{node.label} backward "
             saved = [item.unpack() if isinstance(item, Holder) else item for item in node.saved]

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from effprof.estimator import operations as ops
 from effprof.estimator.attention import attend
-from effprof.estimator.autograd import Graph, Value
+from effprof.estimator.autograd import Graph, Leaf, Value
 from effprof.model import Architecture, Matrix
 from effprof.plan import Plan
 from effprof.registry import Tensor
@@ -63,6 +63,9 @@ class Decoder:
         graph, shape = self.graph, self.shape
         graph.module = "model."
         hidden = ops.embedding(graph, self.weight("model.embed_tokens.weight"), ids, shape.hidden)
+        if self.plan.checkpointing == "full" and not hidden.needs_grad:
+            # transformers makes it a leaf that requires a gradient, so that layers are run again.
+            hidden.needs_grad, hidden.node = True, Leaf("model.embed_tokens output")
         if shape.gemma:
             hidden = ops.scale(graph, hidden, "embed_scale")
         positions = graph.allocate(self.plan.seq_len, 8, "position_ids")

@@ -150,6 +150,6 @@ def _not_modelled(plan: Plan) -> tuple[str, ...]:
         )
     dropouts = ("attention_dropout", "resid_pdrop", "embd_pdrop")
     found += [f"{key} in config.json" for key in dropouts if shape.config.get(key)]
-    if plan.halves.periods and plan.device == "cuda":
+    if plan.device == "cuda" and "svd" in plan.update_settings:
         found.append("cuSOLVER's own workspace during a refresh")
     return tuple(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,8 @@ from torch import nn
 
 from effprof.errors import NoDeviceError
 from effprof.plan import Plan
-from effprof.step import Step, Trained, Unit, work_out
+from effprof.step import Step, Unit, layer_of, work_out
+from effprof.trained import Trained
 from effprof.trainer.layer import DTYPES, MethodLinear
 from effprof.trainer.optimizer import MethodOptimizer
 
@@ -33,7 +35,9 @@ def build(
     model = build_model(step, place, seed=seed)
     if plan.compile:
         model.compile()
-    return model, MethodOptimizer(step, trained_parameters(step, model), lr, seed=seed)
+    layers = [module for module in model.modules() if isinstance(module, MethodLinear)]
+    trained = trained_parameters(step, model)
+    return model, MethodOptimizer(plan.recipe, trained, lr, layers=layers, seed=seed)
 
 
 def resolve_device(name: str, allocator: str = "default") -> torch.device:
@@ -103,7 +107,9 @@ def _swap(model: nn.Module, weight: str, unit: Unit, step: Step) -> None:
     linear = getattr(parent, name)
     half = step.plan.halves.layer
     assert half is not None
-    setattr(parent, name, MethodLinear(half, unit, step, step.plan.layer_settings, linear.bias))
+    dtype, settings = DTYPES[step.plan.weight_dtype], step.plan.layer_settings
+    matrix = dataclasses.replace(unit.matrix, name=weight, layer=layer_of(weight))
+    setattr(parent, name, MethodLinear(half, matrix, settings, dtype, linear.bias))
 
 
 @torch.no_grad()
@@ -116,17 +122,35 @@ def _initialise(model: Any, seed: int) -> None:
     for module in model.modules():
         if isinstance(module, MethodLinear):
             index += 1
-            module.initialise(seed * 1_000_003 + index)
+            module.initialise(seed * 1_000_003 + index, _dense_start(model, module))
             if module.bias is not None:
                 module.bias.zero_()
         else:
             model._init_weights(module)
 
 
-def trained_parameters(step: Step, model: nn.Module) -> Iterator[tuple[nn.Parameter, Trained]]:
-    """Every trainable parameter with what the step says of it, in the step's order."""
+def _dense_start(model: Any, layer: MethodLinear) -> torch.Tensor | None:
+    """The matrix the model would start from, for methods that keep one."""
+    if not getattr(layer.layer_half, "STARTS_DENSE", False):
+        return None
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    model._init_weights(linear)
+    return linear.weight
+
+
+def trained_parameters(
+    step: Step, model: nn.Module
+) -> Iterator[tuple[tuple[nn.Parameter, ...], Trained]]:
+    """What is trained together, with what the step says of it, in the step's order."""
     parameters = dict(model.named_parameters())
     for name, unit in step.placed:
+        stem = name.removesuffix("weight")
         for trained in unit.trained:
-            key = f"{name.removesuffix('weight')}{trained.tensor.name}" if unit.layer_half else name
-            yield parameters[key], trained
+            keys = [stem + t.name if unit.layer_half else name for t in trained.tensors]
+            matrix = dataclasses.replace(
+                trained.matrix,
+                name=f"{name} {trained.matrix.name.partition(' ')[2]}",
+                layer=layer_of(name),
+            )
+            placed = dataclasses.replace(trained, matrix=matrix)
+            yield tuple(parameters[key] for key in keys), placed

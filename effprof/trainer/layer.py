@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from effprof.model import Matrix
 from effprof.registry import LayerHalf
-from effprof.step import Step, Unit
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -30,16 +30,22 @@ class MethodLinear(nn.Module):
     """
 
     def __init__(
-        self, half: LayerHalf, unit: Unit, step: Step, settings: Any, bias: nn.Parameter | None
+        self,
+        half: LayerHalf,
+        matrix: Matrix,
+        settings: Any,
+        dtype: torch.dtype,
+        bias: nn.Parameter | None,
     ) -> None:
         super().__init__()
-        self.layer_half, self.matrix, self.settings = half, unit.matrix, settings
-        self.in_features, self.out_features = unit.matrix.columns, unit.matrix.rows
-        self.keeps_input = unit.saved.input
-        self.names = tuple(tensor.name for tensor in unit.tensors)
-        for declared in unit.tensors:
-            dtype = DTYPES[step.dtype(declared.dtype)]
-            empty = torch.empty(declared.shape, dtype=dtype, device="meta")
+        self.layer_half, self.matrix, self.settings = half, matrix, settings
+        self.in_features, self.out_features = matrix.columns, matrix.rows
+        self.keeps_input = half.saved(matrix, 1, settings).input
+        declarations = half.weights(matrix, settings)
+        self.names = tuple(tensor.name for tensor in declarations)
+        for declared in declarations:
+            own = dtype if declared.dtype == "weight" else DTYPES[declared.dtype]
+            empty = torch.empty(declared.shape, dtype=own, device="meta")
             if declared.role == "weights":
                 self.register_parameter(
                     declared.name, nn.Parameter(empty, requires_grad=declared.trainable)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from effprof import registry
-from effprof.registry import Clock, Group
+from effprof.blockwise import dequantised, quantise
+from effprof.recipe import Recipe
+from effprof.registry import Clock, Group, Layer
 from effprof.registry import Tensor as Declared
-from effprof.step import Step, Trained
-from effprof.trainer.layer import DTYPES
+from effprof.trained import Trained
+from effprof.trainer.layer import DTYPES, MethodLinear
 
 _IMPLEMENTATION = {
     "fused": {"fused": True},
@@ -22,99 +24,257 @@ _IMPLEMENTATION = {
 }
 
 
+@dataclass(slots=True)
+class Cell:
+    """Parameters trained together: what the step says of them, and their group."""
+
+    parameters: tuple[nn.Parameter, ...]
+    trained: Trained
+    group: Group
+
+    @property
+    def first(self) -> nn.Parameter:
+        """The parameter under which torch keeps the state."""
+        return self.parameters[0]
+
+
 class MethodOptimizer(torch.optim.Optimizer):
-    """Updates each tensor as the plan says: torch's own optimizer where a half names one, the
+    """Updates each tensor as the recipe says: torch's own optimizer where a half names one, the
     method's function else.
 
     ``param_groups`` has one group for what torch updates and one for what the method does;
-    learning-rate schedulers set ``lr`` in each. ``clock`` counts updates and is part of
-    ``state_dict()``.
+    learning-rate schedulers set ``lr`` in each, and the method's own factor is multiplied onto it.
+    Merges, restarts and resets happen at the end of ``step()``. ``clock`` counts updates and is
+    part of ``state_dict()``.
     """
 
     def __init__(
         self,
-        step: Step,
-        parameters: Iterable[tuple[nn.Parameter, Trained]],
+        recipe: Recipe,
+        trained: Iterable[tuple[tuple[nn.Parameter, ...], Trained]],
         lr: float,
         *,
+        layers: Sequence[MethodLinear] = (),
         seed: int = 0,
     ) -> None:
         self.clock = Clock(seed=seed, lr=lr)
-        self._step, self._method = step, step.plan.halves
-        hosted: list[nn.Parameter] = []
-        own: list[nn.Parameter] = []
-        self._trained: dict[nn.Parameter, Trained] = {}
-        for parameter, trained in parameters:
-            (hosted if trained.hosted else own).append(parameter)
-            self._trained[parameter] = trained
+        self.recipe = recipe
+        self._cells: dict[nn.Parameter, Cell] = {}
+        members: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for parameters, one in trained:
+            named = dict(zip((t.name for t in one.tensors), parameters, strict=True))
+            tensors: dict[str, Tensor] = (
+                dict(named) if len(named) > 1 else {"weight": parameters[0]}
+            )
+            group = Group(one.matrix, tensors, {}, {})
+            cell = Cell(parameters, one, group)
+            members[one.hosted] += parameters
+            self._cells.update(dict.fromkeys(parameters, cell))
         groups = [
-            {"params": members, "hosted": members is hosted} for members in (hosted, own) if members
+            {"params": params, "hosted": hosted} for hosted, params in members.items() if params
         ]
         super().__init__(groups, {"lr": lr})
-        self._torch = self._host(lr) if hosted else None
+        self._distinct = list({id(cell): cell for cell in self._cells.values()}.values())
+        self._link_states()
+        self._layers = [self._layer(module) for module in layers]
+        inside = {id(group) for layer in self._layers for group in layer.groups.values()}
+        self._rest = [cell.group for cell in self._distinct if id(cell.group) not in inside]
+        self._sow()
+        self._torch = self._host(lr)
+        if recipe.per_layer_update:
+            for parameter in self._cells:
+                parameter.register_post_accumulate_grad_hook(self._update_in_backward)  # type: ignore[no-untyped-call]
+        self._activate()
 
-    def _host(self, lr: float) -> torch.optim.Optimizer:
-        """torch's optimizer over the hosted group, sharing this one's group and state."""
-        plan = self._step.plan
-        group = next(g for g in self.param_groups if g["hosted"])
-        half: Any = self._method.update if self._method.hosted else registry.rest()
-        settings = plan.optimizer_settings if self._method.hosted else plan.rest_settings
+    def _layer(self, module: MethodLinear) -> Layer:
+        """A replaced matrix with the groups that train its tensors."""
+        tensors = module.tensors()
+        groups = {
+            name: self._cells[tensor].group
+            for name, tensor in tensors.items()
+            if isinstance(tensor, nn.Parameter) and tensor in self._cells
+        }
+        return Layer(module.matrix, tensors, groups, 0)
+
+    def _sow(self) -> None:
+        """Give every group and layer its own seed, from the run's."""
+        base = self.clock.seed * 1_000_003
+        for index, cell in enumerate(self._distinct, 1):
+            cell.group.seed = base + index
+        for index, layer in enumerate(self._layers, len(self._distinct) + 1):
+            layer.seed = base + index
+
+    def _link_states(self) -> None:
+        for cell in self._distinct:
+            cell.group.state = self.state[cell.first]
+
+    def _host(self, lr: float) -> dict[nn.Parameter | None, torch.optim.Optimizer]:
+        """torch's optimizers over the hosted group, sharing this one's state.
+
+        One for all (under None), or one per parameter where each is updated in backward.
+        """
+        group = next((g for g in self.param_groups if g["hosted"]), None)
+        if group is None:
+            return {}
+        own = hasattr(self.recipe.halves.update, "TORCH_OPTIMIZER")
+        half, settings = self.recipe.half(covered=own)
         kind: Callable[..., torch.optim.Optimizer] = getattr(torch.optim, half.TORCH_OPTIMIZER)
-        inner = kind(
-            group["params"],
-            lr=lr,
-            **half.torch_settings(settings),
-            **_IMPLEMENTATION[plan.optimizer_impl],
-        )
-        for key, value in inner.param_groups[0].items():
+        options = {**half.torch_settings(settings), **_IMPLEMENTATION[self.recipe.optimizer_impl]}
+        if self.recipe.per_layer_update:
+            made: dict[nn.Parameter | None, torch.optim.Optimizer] = {
+                parameter: kind([parameter], lr=lr, **options) for parameter in group["params"]
+            }
+        else:
+            made = {None: kind(group["params"], lr=lr, **options)}
+        for key, value in next(iter(made.values())).param_groups[0].items():
             group.setdefault(key, value)
-        self._link(inner)
-        return inner
+        self._link_torch(made)
+        return made
 
-    def _link(self, inner: torch.optim.Optimizer) -> None:
-        inner.param_groups = [g for g in self.param_groups if g["hosted"]]
-        inner.state = self.state
+    def _link_torch(self, made: dict[nn.Parameter | None, torch.optim.Optimizer]) -> None:
+        for parameter, inner in made.items():
+            if parameter is None:
+                inner.param_groups = [g for g in self.param_groups if g["hosted"]]
+            inner.state = self.state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of everything that has a gradient.
+        """One update of everything that has a gradient, then the method's own events, and the
+        clock.
 
-        Then the method's own events, and the clock.
+        With a per-layer update the tensors have been updated in backward; the rest happens here.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._torch is not None:
-            self._torch.step()
-        for group in self.param_groups:
-            if not group["hosted"]:
-                self.clock.lr = float(group["lr"])
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._update(parameter)
+        for half, settings in self.recipe.hooked():
+            if hasattr(half, "before_step"):
+                half.before_step(self._layers, self.clock, settings)
+        if not self.recipe.per_layer_update:
+            self._step_torch(None)
+            for cell in self._distinct:
+                if not cell.trained.hosted:
+                    self._update(cell)
         self.clock.update += 1
         self.clock.since_restart += 1
+        for half, settings in self.recipe.hooked():
+            if hasattr(half, "after_step"):
+                half.after_step(self._layers, self._rest, self.clock, settings)
+        self._activate()
         return loss
 
-    def _update(self, parameter: nn.Parameter) -> None:
-        trained = self._trained[parameter]
-        state = self.state[parameter]
-        if not state:
-            state.update({d.name: self._zeros(d, parameter) for d in trained.state})
-        half: Any = self._method.update if trained.covered else registry.rest()
-        plan = self._step.plan
-        settings = plan.optimizer_settings if trained.covered else plan.rest_settings
-        assert parameter.grad is not None
-        group = Group(trained.matrix, {"weight": parameter}, {"weight": parameter.grad}, state)
-        half.update(group, self.clock, settings)
+    def lr_factor(self) -> float:
+        """What the method multiplies onto the learning rate of the coming update."""
+        factor = 1.0
+        for half, settings in self.recipe.hooked():
+            if hasattr(half, "lr_factor"):
+                factor *= half.lr_factor(self.clock, settings)
+        return factor
+
+    def seek(self, update: int) -> None:
+        """Go to the update of that number: what is due in it happens in the next ``step()``."""
+        self.clock.update = update
+        for cell in self._distinct:
+            cell.group.age = update
+        self._activate()
+
+    def _activate(self) -> None:
+        """Let exactly those tensors have a gradient that the coming update trains."""
+        matrices = [cell.group.matrix for cell in self._distinct]
+        wanted = [True] * len(matrices)
+        for half, settings in self.recipe.hooked():
+            if hasattr(half, "active"):
+                flags = half.active(matrices, self.clock, settings)
+                wanted = [a and b for a, b in zip(wanted, flags, strict=True)]
+        update_half = self.recipe.halves.update
+        for cell, needed in zip(self._distinct, wanted, strict=True):
+            for parameter in cell.parameters:
+                _differentiate(parameter, wanted=needed)
+            if not needed and getattr(update_half, "ACTIVE_STATE", False):
+                cell.group.release()
+        layer_half: Any = self.recipe.halves.layer
+        if not hasattr(layer_half, "differentiated"):
+            return
+        names = layer_half.differentiated(self.recipe.layer_settings, self.clock.update)
+        for layer in self._layers:
+            for name, tensor in layer.tensors.items():
+                if isinstance(tensor, nn.Parameter):
+                    _differentiate(tensor, wanted=name in names)
+
+    @torch.no_grad()
+    def _update_in_backward(self, parameter: Tensor) -> None:
+        """A post-accumulate hook: update what is complete and free its gradients."""
+        assert isinstance(parameter, nn.Parameter)
+        cell = self._cells[parameter]
+        if any(one.grad is None for one in cell.parameters):
+            return
+        if cell.trained.hosted:
+            self._step_torch(parameter)
+        else:
+            self._update(cell)
+        for one in cell.parameters:
+            one.grad = None
+
+    def _step_torch(self, parameter: nn.Parameter | None) -> None:
+        inner = self._torch.get(parameter)
+        if inner is None:
+            return
+        (group,) = inner.param_groups
+        shown = next(g for g in self.param_groups if g["hosted"])["lr"]
+        group["lr"] = shown * self.lr_factor()
+        inner.step()
+        group["lr"] = shown
+
+    def _update(self, cell: Cell) -> None:
+        """One update by the half's own function, where every gradient is there."""
+        gradients = [parameter.grad for parameter in cell.parameters]
+        if any(gradient is None for gradient in gradients):
+            return
+        group, trained = cell.group, cell.trained
+        if not group.state:
+            declared = [one for one in trained.state if _exists(one, cell.first)]
+            group.state.update({one.name: self._zeros(one, cell.first) for one in declared})
+        half, settings = self.recipe.half(covered=trained.covered)
+        own = next(g for g in self.param_groups if not g["hosted"])
+        self.clock.lr = float(own["lr"]) * self.lr_factor()
+        group.gradients = dict(zip(group.tensors, gradients, strict=True))  # type: ignore[arg-type]
+        with self._readable(cell, half):
+            half.update(group, self.clock, settings)
+        group.gradients = {}
+        group.age += 1
+
+    @contextlib.contextmanager
+    def _readable(self, cell: Cell, half: Any) -> Iterator[None]:
+        """The group's quantised states as fp32 while a half that cannot read them works."""
+        quantised, group = cell.trained.quantised, cell.group
+        if not quantised or getattr(half, "NATIVE_8BIT", False):
+            yield
+            return
+        stored = group.state
+        names = {declared.name for declared in cell.trained.plain}
+        group.state = {name: value for name, value in stored.items() if name in names}
+        for declared in quantised:
+            group.state[declared.name] = dequantised(stored, declared.name)
+        yield
+        for declared in quantised:
+            quantise(stored, declared.name, group.state.pop(declared.name))
+        group.state = stored
 
     def _zeros(self, declared: Declared, parameter: Tensor) -> Tensor:
-        dtype = DTYPES[self._step.dtype(declared.dtype)]
+        name = declared.dtype
+        if name == "upcast":
+            dtype = torch.float32
+        elif name in ("weight", "compute", "state"):
+            wide = name == "state" and self.recipe.state_dtype != "same"
+            dtype = torch.float32 if wide else parameter.dtype
+        else:
+            dtype = DTYPES[name]
         return torch.zeros(declared.shape, dtype=dtype, device=parameter.device)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "clock": asdict(self.clock)}
+        ages = [cell.group.age for cell in self._distinct]
+        return {**super().state_dict(), "clock": asdict(self.clock), "ages": ages}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -133,10 +293,26 @@ class MethodOptimizer(torch.optim.Optimizer):
         for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in loaded.items() if key != "params"})
         self.clock = Clock(**state_dict["clock"])
-        if self._torch is not None:
-            self._link(self._torch)
+        for cell, age in zip(self._distinct, state_dict["ages"], strict=True):
+            cell.group.age = age
+        self._sow()
+        self._link_states()
+        self._link_torch(self._torch)
+        self._activate()
 
     def _home(self, name: str, parameter: nn.Parameter) -> torch.device:
         """Where a state tensor lives: torch reads its step counters on the CPU unless fused."""
-        counted = self._trained[parameter].hosted and self._step.plan.optimizer_impl != "fused"
+        counted = self._cells[parameter].trained.hosted and self.recipe.optimizer_impl != "fused"
         return torch.device("cpu") if counted and name == "step" else parameter.device
+
+
+def _exists(declared: Declared, parameter: Tensor) -> bool:
+    """An upcast of an fp32 tensor would be the tensor itself."""
+    return declared.dtype != "upcast" or parameter.dtype != torch.float32
+
+
+def _differentiate(parameter: nn.Parameter, *, wanted: bool) -> None:
+    """Whether a parameter has a gradient in the coming update; an old one is freed."""
+    parameter.requires_grad_(wanted)
+    if not wanted:
+        parameter.grad = None

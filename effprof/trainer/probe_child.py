@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import math
 import os
 import resource
 import signal
@@ -94,12 +93,12 @@ def _measure_cpu(plan: Plan, device: torch.device, report: Callable[..., None]) 
     model, optimizer = build(plan, lr=1e-4)
     recorder.name(pointers(dict(model.named_parameters()), "weights"))
     recorder.name(pointers(dict(model.named_buffers()), "buffers"))
-    kinds = _kinds(plan)
-    for number, kind in enumerate(kinds, 1):
+    updates = _updates(plan)
+    for number, (kind, due) in enumerate(updates, 1):
         report(reached=f"update {number} ({kind})")
-        _say(f"update {number} of {len(kinds)} ({kind})")
+        _say(f"update {number} of {len(updates)} ({kind})")
         if kind == "periodic":
-            force_periodic(optimizer, plan)
+            optimizer.seek(due)
 
         def on_phase(phase: str, kind: str = kind) -> None:
             if phase == "update":
@@ -120,7 +119,7 @@ def _measure_cpu(plan: Plan, device: torch.device, report: Callable[..., None]) 
             "peak_allocated": peak.size,
         },
         resident=resident(model, optimizer),
-        updates=len(kinds),
+        updates=len(updates),
     )
     times = _timed(model, optimizer, plan, device)
     report(step_seconds=times, rss_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
@@ -131,7 +130,7 @@ def _measure_cuda(plan: Plan, device: torch.device, report: Callable[..., None])
     torch.cuda.set_device(device)
     torch.cuda.reset_peak_memory_stats(device)
     model, optimizer = build(plan, lr=1e-4)
-    kinds = _kinds(plan)
+    updates = _updates(plan)
     peaks: dict[str, int] = {}
     place = ["build", "build"]
 
@@ -143,11 +142,11 @@ def _measure_cuda(plan: Plan, device: torch.device, report: Callable[..., None])
         place[1:] = [phase]
 
     reserved = 0
-    for number, kind in enumerate(kinds, 1):
+    for number, (kind, due) in enumerate(updates, 1):
         report(reached=f"update {number} ({kind})", peaks=peaks)
-        _say(f"update {number} of {len(kinds)} ({kind})")
+        _say(f"update {number} of {len(updates)} ({kind})")
         if kind == "periodic":
-            force_periodic(optimizer, plan)
+            optimizer.seek(due)
         on_phase("forward")
         place[0] = kind
         one_update(model, optimizer, plan, device, on_phase)
@@ -170,7 +169,7 @@ def _measure_cuda(plan: Plan, device: torch.device, report: Callable[..., None])
         },
         resident=resident(model, optimizer),
         peaks=peaks,
-        updates=len(kinds),
+        updates=len(updates),
         gpu={
             "name": torch.cuda.get_device_name(device),
             "uuid": uuid,
@@ -181,15 +180,11 @@ def _measure_cuda(plan: Plan, device: torch.device, report: Callable[..., None])
     report(step_seconds=_timed(model, optimizer, plan, device))
 
 
-def _kinds(plan: Plan) -> list[str]:
-    """The updates a probe makes, by kind."""
-    return ["first", *["steady"] * STEADY_UPDATES, *(["periodic"] if plan.halves.periods else [])]
-
-
-def force_periodic(optimizer: MethodOptimizer, plan: Plan) -> None:
-    """Move the clock to where every periodic event of the method is due."""
-    periods = [plan.update_settings[name] for name in plan.halves.periods]
-    optimizer.clock.update = math.lcm(*periods)
+def _updates(plan: Plan) -> list[tuple[str, int]]:
+    """The updates a probe makes: (kind, number)."""
+    first, steady, *periodic = plan.updates
+    more = [(steady[0], steady[1] + extra) for extra in range(STEADY_UPDATES)]
+    return [first, *more, *periodic]
 
 
 def one_update(

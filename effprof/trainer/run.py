@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from effprof.errors import EffprofError, UsageError, unknown
-from effprof.plan import Plan, flag, nearest_size
+from effprof.model import nearest_size
+from effprof.plan import Plan, flag
 from effprof.trainer import checkpoint, schedule
 from effprof.trainer.files import to_toml, write_whole
 
@@ -146,7 +147,7 @@ def _steps(plan: Plan, steps: int | None) -> int:
 def default_lr(plan: Plan) -> float:
     """The learning rate published for the nearest size, by the half that sets it."""
     rates = plan.halves.facts.lr or plan.halves.update.FACTS.lr
-    return rates[nearest_size(tuple(rates), plan.architecture)]
+    return rates[nearest_size(tuple(rates), plan.architecture.parameters)]
 
 
 def open_folder(run: Run, *, resume: bool) -> tuple[Path, dict[str, Any]] | None:

@@ -1,0 +1,126 @@
+"""Trained: what the optimizer keeps for one tensor, or for a matrix's tensors together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from effprof.model import Matrix
+from effprof.recipe import Recipe
+from effprof.registry import ABSMAX, QUANTISED_BLOCK, QUANTISED_FROM, Tensor
+
+_KINDS = ("linear", "embedding", "head", "norm", "bias")
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Tensors trained together, with their states.
+
+    ``matrix`` has the one tensor's own shape, or the whole matrix's where a method trains its
+    factors jointly. ``covered`` says whether the recipe's update half takes it (the rest is AdamW),
+    ``hosted`` whether torch's own optimizer does. ``state`` is as stored, ``plain`` as the half
+    declares it; they differ where states are quantised.
+    """
+
+    tensors: tuple[Tensor, ...]
+    matrix: Matrix
+    covered: bool
+    hosted: bool
+    state: tuple[Tensor, ...]
+    plain: tuple[Tensor, ...]
+    transient: Mapping[str, tuple[Tensor, ...]]
+
+    @property
+    def quantised(self) -> tuple[Tensor, ...]:
+        """The declared states that are kept in 8 bits."""
+        stored = {tensor.name for tensor in self.state if tensor.dtype == "uint8"}
+        return tuple(tensor for tensor in self.plain if tensor.name in stored)
+
+
+def trained(
+    recipe: Recipe,
+    matrix: Matrix,
+    tensors: tuple[Tensor, ...],
+    tokens: int,
+    *,
+    targeted: bool,
+    on_cpu: bool = False,
+) -> tuple[Trained, ...]:
+    """One Trained per trainable tensor of a matrix, or one for all where the update half is joint.
+
+    Raises UsageError where the update half cannot take the matrix.
+    """
+    taken = tuple(tensor for tensor in tensors if tensor.trainable)
+    if not taken:
+        return ()
+    if targeted and recipe.halves.joint:
+        return (_one(recipe, matrix, taken, tokens, covered=True, on_cpu=on_cpu),)
+    found = []
+    for tensor in taken:
+        own = _own_matrix(matrix, tensor)
+        kind = ("bias" if own.flat else "linear") if targeted else matrix.kind
+        if kind not in _KINDS:
+            kind = "linear"  # an untargeted projection
+        covered = kind in recipe.halves.update.COVERS and (targeted or kind != "linear")
+        found.append(_one(recipe, own, (tensor,), tokens, covered=covered, on_cpu=on_cpu))
+    return tuple(found)
+
+
+def _own_matrix(matrix: Matrix, tensor: Tensor) -> Matrix:
+    """A matrix of the tensor's own shape; only a dense weight keeps the kind and the heads."""
+    flat = len(tensor.shape) == 1
+    dense = tensor.shape == matrix.shape
+    return Matrix(
+        f"{matrix.name} {tensor.name}",
+        tensor.shape[0],
+        1 if flat else tensor.shape[1],
+        matrix.kind if dense else "linear",
+        matrix.layer,
+        matrix.heads if dense else 1,
+        flat=flat,
+    )
+
+
+def _one(
+    recipe: Recipe,
+    matrix: Matrix,
+    tensors: tuple[Tensor, ...],
+    tokens: int,
+    *,
+    covered: bool,
+    on_cpu: bool,
+) -> Trained:
+    half, settings = recipe.half(covered=covered)
+    plain = half.state(matrix, settings)
+    eight = recipe.state_dtype == "8bit"
+    state = tuple(part for one in plain for part in _stored(one)) if eight else plain
+    transient = dict(half.transient(matrix, tokens, settings))
+    # torch's AdamW refuses moments in another dtype than the weight's.
+    hosted = hasattr(half, "TORCH_OPTIMIZER") and recipe.state_dtype == "same"
+    if len(state) > len(plain):
+        if getattr(half, "NATIVE_8BIT", False):  # the CUDA kernel needs nothing beside the states
+            transient["update"] = transient["8bit"] if on_cpu else ()
+        else:
+            whole = tuple(
+                dataclasses.replace(one, name=f"{one.name}_fp32", dtype="fp32", role="workspace")
+                for one in plain
+                if one.dtype == "state" and one.numel >= QUANTISED_FROM
+            )
+            transient |= {
+                name: (*whole, *transient.get(name, ())) for name in ("update", "refresh")
+            }
+    return Trained(tensors, matrix, covered, hosted, state, plain, transient)
+
+
+def _stored(tensor: Tensor) -> tuple[Tensor, ...]:
+    """A declared state as ``--state-dtype 8bit`` keeps it."""
+    if tensor.dtype != "state":
+        return (tensor,)
+    if tensor.numel < QUANTISED_FROM:
+        return (dataclasses.replace(tensor, dtype="fp32"),)
+    blocks = -(-tensor.numel // QUANTISED_BLOCK)
+    return (
+        dataclasses.replace(tensor, dtype="uint8"),
+        Tensor(f"{tensor.name}{ABSMAX}", (blocks,), "fp32", "optimizer"),
+    )

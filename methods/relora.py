@@ -1,0 +1,141 @@
+"""ReLoRA: LoRA whose correction is merged into W₀ and begun again every ``restart_every`` updates.
+
+Lialin et al., arXiv 2307.05695, Algorithm 1: many low-rank corrections sum to one of high rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from effprof.model import Matrix
+from effprof.registry import Clock, Flops, Group, Layer, Tensor
+
+from . import _checks, _periods, full, lora
+from .lora import backward as backward
+from .lora import dense as dense
+from .lora import forward as forward
+from .lora import init as init
+from .lora import saved as saved
+from .lora import weights as weights
+
+FACTS = replace(
+    lora.FACTS,
+    title="ReLoRA",
+    summary="LoRA merged into W₀ and begun again now and then",
+    paper="arXiv 2307.05695",
+    equations="Algorithm 1; section 3 (merge, optimizer reset, jagged schedule)",
+    deviations=(
+        "Corrections learn from the first update: A starts kaiming-uniform; in the release and the "
+        "benchmark's copy both factors start at zero, so nothing but embeddings, head and norms "
+        "learns before the first merge.",
+        "The merge follows the update it is due in; the release merges one update later.",
+        "restart_every is 1000 as in the released 1B configuration (its README says 5000); no warm "
+        "start by full-rank updates: train with --method full and apply ReLoRA to the result.",
+        "Moments are pruned at random by 99.9 % (the release's reset), or to the largest (--set "
+        "prune=magnitude), or all (prune=all); Adam's step counter goes on, as in the release.",
+        "No dropout on the input (the release hard-codes 0.1).",
+    ),
+)
+UPDATE = full
+STARTS_DENSE = True
+NOT_8BIT = "it prunes moments entry by entry, which 8-bit blocks are not kept for"
+PRUNES = ("random", "magnitude", "all")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """LoRA's settings and the restarts'; counts are in updates."""
+
+    rank: int
+    alpha: float = 32.0
+    restart_every: int = 1000
+    restart_warmup: int = 100
+    prune: str = "random"
+    pruned: float = 0.999
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "alpha", "restart_every"):
+            _checks.positive(name, getattr(self, name))
+        _checks.not_negative("restart_warmup", self.restart_warmup)
+        _checks.one_of("prune", self.prune, PRUNES)
+        _checks.fraction("pruned", self.pruned)
+
+
+def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:
+    """As LoRA, and the merge."""
+    merge = 2 * matrix.numel * settings.rank / settings.restart_every
+    return replace(lora.flops(matrix, tokens, settings), periodic={"merge": merge})
+
+
+def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, tuple[Tensor, ...]]:
+    """As LoRA; in a merge the correction in full size and W₀ in fp32."""
+    merge = (
+        Tensor("change", matrix.shape, "fp32", "workspace"),
+        Tensor("b_fp32", (matrix.rows, settings.rank), "upcast", "workspace"),
+        Tensor("a_fp32", (settings.rank, matrix.columns), "upcast", "workspace"),
+    )
+    return {**lora.transient(matrix, tokens, settings), "restart": merge}
+
+
+def phases(settings: Settings, update: int) -> tuple[str, ...]:
+    """A merge follows every update whose number, counted from 1, ``restart_every`` divides."""
+    return ("restart",) if _periods.completes(update, settings.restart_every) else ()
+
+
+def due(settings: Settings, layers: int) -> int:
+    """The first update that a merge follows, not counting the first two."""
+    return _periods.first_completing(settings.restart_every)
+
+
+def lr_factor(clock: Clock, settings: Settings) -> float:
+    """The jagged schedule: a linear warmup after each merge."""
+    restarted = clock.update > clock.since_restart
+    if not restarted or clock.since_restart >= settings.restart_warmup:
+        return 1.0
+    return (clock.since_restart + 1) / settings.restart_warmup
+
+
+def after_step(
+    layers: Sequence[Layer], rest: Sequence[Group], clock: Clock, settings: Settings
+) -> None:
+    """W₀ += s B A, a new A, B zero, and their moments pruned, where a merge is due."""
+    if clock.update % settings.restart_every:
+        return
+    for layer in layers:
+        _merge(layer, layer.seed + clock.update, settings)
+        for name, group in layer.groups.items():
+            if settings.prune == "all" and name in ("A", "B"):
+                group.reset()
+            elif name in ("A", "B"):
+                _prune(group, layer.seed + clock.update, settings)
+    clock.since_restart = 0
+
+
+def _merge(layer: Layer, seed: int, settings: Settings) -> None:
+    import torch
+
+    weight, a, b = (layer.tensors[name] for name in ("weight", "A", "B"))
+    change = b.float() @ a.float()
+    weight.copy_(change.mul_(settings.alpha / settings.rank).add_(weight))
+    bound = a.shape[1] ** -0.5
+    generator = torch.Generator(a.device).manual_seed(seed)
+    a.uniform_(-bound, bound, generator=generator)
+    b.zero_()
+
+
+def _prune(group: Group, seed: int, settings: Settings) -> None:
+    """Zero the pruned share of each moment: at random, or its smallest entries."""
+    import torch
+
+    for index, (name, moment) in enumerate(group.state.items()):
+        if not name.startswith("exp_avg"):
+            continue
+        if settings.prune == "random":
+            generator = torch.Generator(moment.device).manual_seed(seed + index)
+            chance = torch.rand(moment.shape, generator=generator, device=moment.device)
+            moment.mul_(chance > settings.pruned)
+        else:
+            size = moment.abs().flatten()
+            cut = size.kthvalue(max(int(settings.pruned * size.numel()), 1)).values
+            moment.mul_((size > cut).view(moment.shape))
