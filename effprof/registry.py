@@ -38,7 +38,8 @@ class Tensor:
 
     ``dtype`` is a name in ITEMSIZE, or ``weight`` (the plan's parameter dtype), ``compute`` (what
     matrix products run in) or ``state`` (the plan's optimizer-state dtype), which the Step
-    resolves. ``role`` is weights, buffers, optimizer, activations or workspace. A trainable tensor
+    resolves. Two name copies that are not always made: ``upcast``, fp32 beside weights of another
+    dtype, and ``recast``, fp32 beside weights of another dtype than the states'. ``role`` is weights, buffers, optimizer, activations or workspace. A trainable tensor
     gets a gradient of its own shape.
     """
 
@@ -214,6 +215,8 @@ class UpdateHalf(Protocol):
     ) -> Mapping[str, tuple[Tensor, ...]]: ...
     def update(self, group: Group, clock: Clock, settings: Any, /) -> None: ...
 
+    # ``transient`` says what an update (or refresh) holds at once; a later stage that holds other
+    # things is named ``update:stage``.
     # Optional: JOINT (one group per matrix of a layer half instead of one per tensor),
     # FUSED_BACKWARD (the method is defined by --per-layer-update), NATIVE_8BIT (``update`` reads
     # quantised states itself), and after_step, active, lr_factor, phases and due as above.

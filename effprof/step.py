@@ -119,6 +119,8 @@ class Step:
         """Bytes per number of a dtype name, the plan's own names resolved."""
         if dtype == "upcast":
             return 0 if self.plan.weight_dtype == "fp32" else ITEMSIZE["fp32"]
+        if dtype == "recast":
+            return 0 if self.dtype("state") == self.plan.weight_dtype else ITEMSIZE["fp32"]
         return ITEMSIZE[self.dtype(dtype)]
 
     def dtype(self, name: str) -> str:

@@ -107,9 +107,9 @@ def _one(
                 for one in plain
                 if one.dtype == "state" and one.numel >= QUANTISED_FROM
             )
-            transient |= {
-                name: (*whole, *transient.get(name, ())) for name in ("update", "refresh")
-            }
+            stages = {name for name in transient if name.partition(":")[0] in ("update", "refresh")}
+            for stage in sorted(stages | {"update"}):
+                transient[stage] = (*whole, *transient.get(stage, ()))
     return Trained(tensors, matrix, covered, hosted, state, plain, transient)
 
 

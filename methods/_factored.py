@@ -21,6 +21,26 @@ def state(matrix: Matrix, name: str) -> tuple[Tensor, ...]:
     )
 
 
+def transient(matrix: Matrix) -> dict[str, tuple[Tensor, ...]]:
+    """Squares; then a step beside the gradient; then a step added to the weight, all in fp32.
+
+    What is upcast is nothing beside fp32 weights.
+    """
+    step = Tensor("step", matrix.shape, "fp32", "workspace")
+    upcast = Tensor("upcast", matrix.shape, "upcast", "workspace")
+    return {
+        "update": (Tensor("squares", matrix.shape, "fp32", "workspace"),),
+        "update:divide": (step, upcast),
+        "update:add": (step, upcast, upcast),
+    }
+
+
+def squared(gradient: TorchTensor) -> TorchTensor:
+    """The gradient's squares in fp32, with no more than one new tensor."""
+    wide = gradient.float()
+    return wide.square() if wide is gradient else wide.square_()
+
+
 def advance(state: dict[str, TorchTensor], name: str, squares: TorchTensor, beta: float) -> None:
     """Move the means of rows × columns squares (or of a vector's) towards these."""
     if name in state:

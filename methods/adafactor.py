@@ -70,12 +70,8 @@ def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:
 
 
 def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, tuple[Tensor, ...]]:
-    """The step and the squares in fp32; the weight in fp32 for its norm."""
-    return {
-        "update": tuple(
-            Tensor(name, matrix.shape, "fp32", "workspace") for name in ("step", "squares")
-        )
-    }
+    """The squares, then the step, in fp32."""
+    return _factored.transient(matrix)
 
 
 def update(group: Group, clock: Clock, settings: Settings) -> None:
@@ -90,7 +86,9 @@ def update(group: Group, clock: Clock, settings: Settings) -> None:
     if settings.weight_decay:
         weight.mul_(1 - clock.lr * settings.weight_decay)
     gradient = group.gradients["weight"]
-    _factored.advance(state, "variance", gradient.float().square(), 1 - count**settings.beta2_decay)
+    _factored.advance(
+        state, "variance", _factored.squared(gradient), 1 - count**settings.beta2_decay
+    )
     step = _root(state, eps, gradient)
     step.div_((_factored.rms(step) / settings.clip_threshold).clamp_(min=1.0)).mul_(size)
     weight.sub_(step)

@@ -62,12 +62,8 @@ def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:
 
 
 def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, tuple[Tensor, ...]]:
-    """The step and the squares in fp32."""
-    return {
-        "update": tuple(
-            Tensor(name, matrix.shape, "fp32", "workspace") for name in ("step", "squares")
-        )
-    }
+    """The squares, then the step, in fp32."""
+    return _factored.transient(matrix)
 
 
 def update(group: Group, clock: Clock, settings: Settings) -> None:
@@ -75,7 +71,7 @@ def update(group: Group, clock: Clock, settings: Settings) -> None:
     import torch
 
     weight, gradient, state = group.tensors["weight"], group.gradients["weight"], group.state
-    squares = gradient.float().square().add_(settings.eps)
+    squares = _factored.squared(gradient).add_(settings.eps)
     beta = 1 - (group.age + 1) ** settings.decay_rate
     _factored.advance(state, "exp_avg_sq", squares, beta)
     step = _factored.divide_by_root(squares.copy_(gradient), state, "exp_avg_sq")

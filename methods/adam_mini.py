@@ -68,7 +68,12 @@ def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:
 
 def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, tuple[Tensor, ...]]:
     """One tensor of the matrix's shape: the scaled step (two for a bias, as Adam)."""
-    return {"update": (Tensor("step", matrix.shape, "state", "workspace"),)}
+    blocks = _blocks(matrix)
+    shape = (blocks, 1) if blocks else matrix.shape
+    factor = Tensor("factor", shape, "state", "workspace")
+    step = Tensor("step", matrix.shape, "state", "workspace")
+    recast = Tensor("recast", matrix.shape, "recast", "workspace")
+    return {"update": (step, factor, factor), "update:add": (step, recast, recast)}
 
 
 def update(group: Group, clock: Clock, settings: Settings) -> None:
@@ -85,6 +90,7 @@ def update(group: Group, clock: Clock, settings: Settings) -> None:
         blocks = gradient.reshape(second.shape[0], -1)
         length = torch.linalg.vector_norm(blocks, dim=1, keepdim=True)
         mean = length.square_().div_(blocks.shape[1])
+        del blocks, length
     if settings.weight_decay:
         weight.mul_(1 - clock.lr * settings.weight_decay)
     second.lerp_(mean, 1 - beta2)

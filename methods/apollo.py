@@ -117,6 +117,9 @@ def transient(matrix: Matrix, tokens: int, settings: Any) -> Mapping[str, tuple[
             Tensor("denominator", projected, "state", "workspace"),
             Tensor("step", projected, "state", "workspace"),
         ),
+        "update:limit": (
+            Tensor("gradient_fp32", (matrix.rows, matrix.columns), "upcast", "workspace"),
+        ),
         "refresh": (drawn, drawn) if stored else (),
     }
 

@@ -97,10 +97,8 @@ def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:
 def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, tuple[Tensor, ...]]:
     """The gradient in fp32, and Adam's denominator."""
     return {
-        "update": (
-            Tensor("gradient_fp32", matrix.shape, "upcast", "workspace"),
-            Tensor("denominator", matrix.shape, "fp32", "workspace"),
-        )
+        "update": (Tensor("gradient_fp32", matrix.shape, "upcast", "workspace"),),
+        "update:step": (Tensor("denominator", matrix.shape, "fp32", "workspace"),),
     }
 
 

@@ -62,24 +62,18 @@ def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:
 
 
 def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, tuple[Tensor, ...]]:
-    """Two fp32 tensors of the matrix's shape: the step, and squares of it or of the residual."""
-    return {
-        "update": tuple(
-            Tensor(name, matrix.shape, "fp32", "workspace") for name in ("step", "squares")
-        )
-    }
+    """The squares, then the step (whose tensor becomes the residual's squares), in fp32."""
+    return _factored.transient(matrix)
 
 
 def update(group: Group, clock: Clock, settings: Settings) -> None:
     """u = g / sqrt(v) clipped to RMS 1, its average m, and m over the root of E (u - m)²."""
     weight, state = group.tensors["weight"], group.state
     beta1, beta2, beta3 = settings.betas
-    step = group.gradients["weight"].float()
-    squares = step * step
-    _factored.advance(state, "exp_avg_sq", squares.add_(settings.eps), beta2)
-    del squares
-    step = step.clone() if step is group.gradients["weight"] else step
-    _factored.divide_by_root(step, state, "exp_avg_sq")
+    gradient = group.gradients["weight"]
+    squares = _factored.squared(gradient).add_(settings.eps)
+    _factored.advance(state, "exp_avg_sq", squares, beta2)
+    step = _factored.divide_by_root(squares.copy_(gradient), state, "exp_avg_sq")
     step.div_((_factored.rms(step) / settings.clip_threshold).clamp_(min=1.0))
     momentum = state["exp_avg"].lerp_(step, 1 - beta1)
     if weight.dim() > 1:

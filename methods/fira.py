@@ -105,6 +105,12 @@ def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, t
             Tensor("step", projected, "state", "workspace"),
             Tensor("residual", (matrix.rows, matrix.columns), "weight", "workspace"),
         ),
+        "update:limit": (
+            Tensor("residual", (matrix.rows, matrix.columns), "weight", "workspace"),
+            Tensor("residual_fp32", (matrix.rows, matrix.columns), "upcast", "workspace"),
+            Tensor("projected", projected, "weight", "workspace"),
+            Tensor("step", projected, "state", "workspace"),
+        ),
         "refresh": _projection.leading_transient(matrix, settings.rank, settings.svd),
     }
 

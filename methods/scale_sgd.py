@@ -57,9 +57,14 @@ def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:
 
 
 def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, tuple[Tensor, ...]]:
-    """One number per row or column."""
+    """One number per row or column, and on the CPU the gradient in fp32 for its norm."""
     length = matrix.columns if matrix.kind == "embedding" else matrix.rows
-    return {"update": (Tensor("rms", (length,), "fp32", "workspace"),)}
+    return {
+        "update": (
+            Tensor("rms", (length,), "fp32", "workspace"),
+            Tensor("gradient_fp32", matrix.shape, "upcast", "workspace"),
+        )
+    }
 
 
 def update(group: Group, clock: Clock, settings: Settings) -> None:

@@ -97,13 +97,14 @@ def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:
 
 
 def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, tuple[Tensor, ...]]:
-    """The clipped gradient, then the step; a permutation of all entries where a part is drawn."""
+    """Clipping's bound or Adam's denominator beside the gradient or the step; a permutation of all
+    entries where a part is drawn.
+    """
     count = _kept(matrix, settings)
     shape = matrix.shape if count is None else (count,)
     order = Tensor("permutation", (matrix.numel,), "int64", "workspace")
     return {
         "update": (
-            Tensor("clipped", shape, "state", "workspace"),
             Tensor("denominator", shape, "state", "workspace"),
             Tensor("step", shape, "state", "workspace"),
         ),

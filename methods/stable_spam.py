@@ -80,12 +80,21 @@ def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:
 
 
 def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, tuple[Tensor, ...]]:
-    """The clipped gradient with its mask's operands, then the step's two tensors."""
+    """Clipping's mask, product and result; the result in fp32 for its norm; the step's two."""
+    shape = matrix.shape
+    clipped = Tensor("clipped", shape, "weight", "workspace")
     return {
-        "update": tuple(
-            Tensor(name, matrix.shape, "state", "workspace")
-            for name in ("clipped", "denominator", "step")
-        )
+        "update": (
+            clipped,
+            Tensor("product", shape, "weight", "workspace"),
+            Tensor("mask", shape, "uint8", "workspace"),
+        ),
+        "update:norm": (clipped, Tensor("clipped_fp32", shape, "upcast", "workspace")),
+        "update:step": (
+            Tensor("denominator", shape, "state", "workspace"),
+            Tensor("step", shape, "state", "workspace"),
+        ),
+        "update:moments": (clipped, Tensor("gradient", shape, "recast", "workspace")),
     }
 
 
@@ -120,9 +129,8 @@ def update(group: Group, clock: Clock, settings: Settings) -> None:
     first.lerp_(gradient, 1 - beta1)
     second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
     del gradient
-    denominator = second.sqrt().div_((1 - beta2**moments) ** 0.5).add_(settings.eps)
-    step = (first / denominator).to(weight.dtype)
-    weight.add_(step, alpha=-clock.lr / (1 - beta1**moments))
+    step = first / second.sqrt().div_((1 - beta2**moments) ** 0.5).add_(settings.eps)
+    weight.add_(step.to(weight.dtype), alpha=-clock.lr / (1 - beta1**moments))
     if due and settings.reset == "code":
         first.zero_()
         second.zero_()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -203,7 +203,7 @@ class Run:
         for name, unit in self.step.placed:
             if not unit.layer_half:
                 continue
-            self._hold(unit.transient.get("refresh", ()))
+            self._stages(unit.transient, "refresh")
             for tensor in unit.tensors:
                 leaf = self.decoder.weights[name][tensor.name].node
                 if isinstance(leaf, Leaf):
@@ -238,7 +238,7 @@ class Run:
         for phase in phases(half, settings, self.number):
             if kind and phase != "update":
                 tape.mark(kind, phase)
-            self._hold(trained.transient.get(phase, ()))
+            self._stages(trained.transient, phase)
             if kind and phase != "update":
                 tape.mark(kind, "update")
 
@@ -251,8 +251,7 @@ class Run:
         for name, unit in self.step.placed:
             if unit.layer_half:
                 self.graph.module = f"{name[:-6]}restart."
-                held = self._temporaries(unit.transient.get("restart", ()))
-                del held
+                self._stages(unit.transient, "restart")
 
     def _allocate_state(self, cell: _Cell) -> None:
         if cell.state:
@@ -263,6 +262,12 @@ class Run:
             size = self.step.itemsize(tensor.dtype)
             cell.state.append(self.graph.allocate(tensor.numel, size, tensor.name, "optimizer"))
         self.graph.module = outer
+
+    def _stages(self, transient: Mapping[str, tuple[Tensor, ...]], phase: str) -> None:
+        """What a phase holds at once, then what its later stages (``phase:name``) do."""
+        for name, tensors in transient.items():
+            if name == phase or name.startswith(f"{phase}:"):
+                self._hold(tensors)
 
     def _hold(self, tensors: tuple[Tensor, ...]) -> None:
         held = self._temporaries(tensors)
