@@ -12,18 +12,22 @@ if TYPE_CHECKING:
     from effprof.errors import EffprofError as EffprofError
     from effprof.estimator.estimate import estimate as estimate
     from effprof.plan import Plan as Plan
+    from effprof.trainer.apply import apply as apply
+    from effprof.trainer.apply import optimizer as optimizer
     from effprof.trainer.build import build as build
     from effprof.trainer.export import load as load
 
 _PUBLIC = {
     "EffprofError": "effprof.errors",
     "Plan": "effprof.plan",
+    "apply": "effprof.trainer.apply",
+    "optimizer": "effprof.trainer.apply",
     "estimate": "effprof.estimator.estimate",
     "build": "effprof.trainer.build",
     "load": "effprof.trainer.export",
 }
 
-__all__ = ["EffprofError", "Plan", "build", "estimate", "load"]
+__all__ = ["EffprofError", "Plan", "apply", "build", "estimate", "load", "optimizer"]
 
 
 def __getattr__(name: str) -> Any:

@@ -74,20 +74,17 @@ def resolve(
     if rank is not None:
         _check_rank(chosen, rank, given)
         given["rank"] = rank
-    if chosen.layer is None:  # both names address the update half
+    if chosen.layer is None or chosen.one_file:  # both names address the same settings
         for key in given.keys() & given_update.keys():
             if given[key] != given_update[key]:
                 raise UsageError(
                     f"--set {key} and --set update.{key} disagree.", "Give one of them."
                 )
-        given_update = {**given, **given_update}
-        layer = None
+        built = _build(chosen.update, {**given, **given_update}, size, None)
+        layer = built if chosen.one_file else None
     else:
+        assert chosen.layer is not None
         layer = _build(chosen.layer, given, size, None)
-    if chosen.layer is not None and chosen.one_file:
-        _refuse_second(given_update)
-        built = layer
-    else:
         built = _build(chosen.update, given_update, size, layer)
     return Recipe(chosen, layer, built, _rest(built))
 
@@ -100,15 +97,6 @@ def _rest(settings: Any) -> Any:
     names = registry.setting_fields(registry.rest()) if kin else ("weight_decay",)
     shared = {name: getattr(settings, name) for name in names if hasattr(settings, name)}
     return registry.rest().Settings(**shared)
-
-
-def _refuse_second(given: Mapping[str, Any]) -> None:
-    """A method that is both halves in one has one set of settings."""
-    for key, value in given.items():
-        raise UsageError(
-            f"--set update.{key}={value} addresses the same settings as --set {key}.",
-            f"Type --set {key}={value}.",
-        )
 
 
 def _check_rank(chosen: Method, rank: int, given: Mapping[str, Any]) -> None:
@@ -134,7 +122,8 @@ def _build(half: LayerHalf | UpdateHalf, given: Mapping[str, Any], size: Size, l
     if isinstance(fixed, int):
         values.pop("rank", None)
     elif "rank" in fields and layer_rank is not None:  # an update half on a layer half's factors
-        values["rank"] = max(layer_rank // 4 // 8 * 8, 1)
+        own = max(layer_rank // 4 // 8 * 8, 1)
+        values["rank"] = layer_rank if getattr(half, "JOINT", False) else own
     elif "rank" in fields and "rank" not in values and "rank" not in given:
         values["rank"] = size.default_rank()
     values |= {key: _parse(key, value, str(fields[key].type)) for key, value in given.items()}

@@ -39,8 +39,9 @@ class Tensor:
     ``dtype`` is a name in ITEMSIZE, or ``weight`` (the plan's parameter dtype), ``compute`` (what
     matrix products run in) or ``state`` (the plan's optimizer-state dtype), which the Step
     resolves. Two name copies that are not always made: ``upcast``, fp32 beside weights of another
-    dtype, and ``recast``, fp32 beside weights of another dtype than the states'. ``role`` is weights, buffers, optimizer, activations or workspace. A trainable tensor
-    gets a gradient of its own shape.
+    dtype, and ``recast``, fp32 beside weights of another dtype than the states'. ``role`` is
+    weights, buffers, optimizer, activations or workspace. A trainable tensor gets a gradient of its
+    own shape.
     """
 
     name: str
@@ -251,7 +252,7 @@ class Method:
     @property
     def one_file(self) -> bool:
         """Whether both halves are the same file's, which has one set of settings."""
-        return cast("Any", self.layer) is self.update
+        return self.layer is not None and cast("Any", self.layer) is self.update
 
     @property
     def joint(self) -> bool:

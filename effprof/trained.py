@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from effprof.errors import UsageError
 from effprof.model import Matrix
 from effprof.recipe import Recipe
 from effprof.registry import ABSMAX, QUANTISED_BLOCK, QUANTISED_FROM, Tensor
@@ -55,6 +56,7 @@ def trained(
     if not taken:
         return ()
     if targeted and recipe.halves.joint:
+        _check_factors(recipe, taken)
         return (_one(recipe, matrix, taken, tokens, covered=True, on_cpu=on_cpu),)
     found = []
     for tensor in taken:
@@ -65,6 +67,25 @@ def trained(
         covered = kind in recipe.halves.update.COVERS and (targeted or kind != "linear")
         found.append(_one(recipe, own, (tensor,), tokens, covered=covered, on_cpu=on_cpu))
     return tuple(found)
+
+
+def _check_factors(recipe: Recipe, taken: tuple[Tensor, ...]) -> None:
+    """Raise UsageError unless a joint update half knows exactly these tensors."""
+    method, names = recipe.halves, tuple(tensor.name for tensor in taken)
+    known: tuple[str, ...] = getattr(method.update, "FACTORS", ())
+    if names != known:
+        raise UsageError(
+            f"--update {method.update_name} trains {' and '.join(known)} together; "
+            f"{method.name} has {', '.join(names)}.",
+            "Use --method lowrank, or another --update.",
+        )
+    if method.layer is not None and not method.one_file:
+        ranks = recipe.layer_settings.rank, recipe.optimizer_settings.rank
+        if ranks[0] != ranks[1]:
+            raise UsageError(
+                f"--set update.rank={ranks[1]} is not the layer's rank {ranks[0]}.",
+                "Leave update.rank out.",
+            )
 
 
 def _own_matrix(matrix: Matrix, tensor: Tensor) -> Matrix:

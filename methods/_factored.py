@@ -28,9 +28,10 @@ def transient(matrix: Matrix) -> dict[str, tuple[Tensor, ...]]:
     """
     step = Tensor("step", matrix.shape, "fp32", "workspace")
     upcast = Tensor("upcast", matrix.shape, "upcast", "workspace")
+    row = Tensor("row", (matrix.rows,), "fp32", "workspace")
     return {
         "update": (Tensor("squares", matrix.shape, "fp32", "workspace"),),
-        "update:divide": (step, upcast),
+        "update:divide": (step, upcast, *(() if matrix.flat else (row,))),
         "update:add": (step, upcast, upcast),
     }
 

@@ -73,7 +73,7 @@ def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, t
     factor = Tensor("factor", shape, "state", "workspace")
     step = Tensor("step", matrix.shape, "state", "workspace")
     recast = Tensor("recast", matrix.shape, "recast", "workspace")
-    return {"update": (step, factor, factor), "update:add": (step, recast, recast)}
+    return {"update": (step, factor), "update:add": (step, recast, recast)}
 
 
 def update(group: Group, clock: Clock, settings: Settings) -> None:

@@ -49,6 +49,7 @@ FACTS = Facts(
 )
 COVERS = ("linear",)
 JOINT = True
+FACTORS = ("A", "B")
 
 
 @dataclass(frozen=True)

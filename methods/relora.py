@@ -130,8 +130,9 @@ def _prune(group: Group, seed: int, settings: Settings) -> None:
     """Zero the pruned share of each moment: at random, or its smallest entries."""
     import torch
 
-    for index, (name, moment) in enumerate(group.state.items()):
-        if not name.startswith("exp_avg"):
+    for index, name in enumerate(("exp_avg", "exp_avg_sq")):
+        moment = group.state.get(name)
+        if moment is None:
             continue
         if settings.prune == "random":
             generator = torch.Generator(moment.device).manual_seed(seed + index)

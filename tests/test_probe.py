@@ -11,19 +11,22 @@ from typing import Any
 import pytest
 from helpers import run_cli, small
 
-from effprof import registry
 from effprof.plan import Plan
 from effprof.trainer import probe as probes
 
+# One of each kind: torch's own, refreshed, with indices, in turns, in backward, joint, full
+# gradients now and then. That every method is recorded as declared, test_contract.py holds.
+KINDS = ("full", "galore", "sltrain", "badam", "lomo", "loro", "golore")
+
 
 @pytest.mark.parametrize(
-    ("model", "method"), [*(("9m", name) for name in registry.names()), ("60m", "lowrank")]
+    ("model", "method"), [*(("9m", name) for name in KINDS), ("60m", "lowrank")]
 )
 def test_probe_agrees_with_the_estimate(model: str, method: str) -> None:
-    """Micro-batch 4 in a process of its own; benchmarks/probe_accuracy.py runs all of 60m."""
+    """Micro-batch 4 in a process of its own; benchmarks/probe_accuracy.py runs all at 60m."""
     code, out, _ = run_cli(
         *("probe", "--model", model, "--method", method, "--micro-batch", "4"),
-        *("--seq-len", "64", "--device", "cpu", "--json"),
+        *("--seq-len", "64", "--device", "cpu", "--seconds", "0", "--json"),
     )
     assert code == 0
     document = json.loads(out)
@@ -32,7 +35,7 @@ def test_probe_agrees_with_the_estimate(model: str, method: str) -> None:
     errors = {(row["when"], row["bucket"]): row["error"] for row in document["comparison"]}
     assert abs(errors["peak", "peak_allocated"]) < 1e-3
     for bucket in ("weights", "optimizer", "buffers"):
-        assert errors["resident", bucket] == 0
+        assert errors["resident", bucket] in (0, None)  # None: nothing of it, in neither
     times = document["measured"]["step_seconds"]
     assert times["median"] > 0
     assert times["n"] >= 3
@@ -42,7 +45,7 @@ def test_probe_agrees_with_the_estimate(model: str, method: str) -> None:
 def test_table(tiny: str) -> None:
     code, out, _ = run_cli(
         *("probe", "--model", tiny, "--method", "galore", "--micro-batch", "2", "--seq-len", "16"),
-        *("--device", "cpu"),
+        *("--device", "cpu", "--seconds", "0"),
     )
     assert code == 0
     assert "measured" in out

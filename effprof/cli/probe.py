@@ -21,6 +21,7 @@ Examples:
 @with_plan_flags
 def command(
     flags: Mapping[str, Any],
+    seconds: Annotated[float, typer.Option(help="Seconds to time steady updates for.")] = 10.0,
     time_limit: Annotated[float, typer.Option(help="Seconds before the probe is stopped.")] = 900.0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
@@ -33,6 +34,10 @@ def command(
     refuse(flags, ("gpu", "tokens", "attention_mask"), "a probe")
     if not 0 < time_limit < 1e6:
         raise UsageError(f"--time-limit cannot be {time_limit}.", "Type seconds, such as 900.")
+    if not 0 <= seconds < time_limit:
+        raise UsageError(
+            f"--seconds cannot be {seconds}.", f"Type 10, or less than --time-limit {time_limit}."
+        )
     plan = plan_from(default_device(flags))
 
     from effprof.trainer.build import resolve_device
@@ -42,7 +47,7 @@ def command(
     from effprof.estimator.compare import compare
     from effprof.trainer.probe import probe
 
-    result = compare(probe(plan, time_limit=time_limit))
+    result = compare(probe(plan, seconds=seconds, time_limit=time_limit))
     if as_json:
         print(json.dumps(result.as_dict()))
     else:

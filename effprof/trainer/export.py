@@ -45,6 +45,12 @@ def export(model: nn.Module, tokenizer: Any, plan: Plan, folder: Path) -> Path:
     return folder
 
 
+def has_dense_form(model: nn.Module) -> bool:
+    """Whether every layer multiplies by some matrix, so that a Hugging Face folder can hold it."""
+    first = next((m for m in model.modules() if isinstance(m, MethodLinear)), None)
+    return first is None or first.dense() is not None
+
+
 def _dense_model(model: nn.Module, plan: Plan) -> Any:
     """A plain transformers model on the CPU with the trained weights."""
     dense: Any = skeleton(work_out(plan)).to_empty(device="cpu")

@@ -25,7 +25,7 @@ from effprof.trainer.build import build, resolve_device
 from effprof.trainer.corpus import FileCorpus, corpus
 from effprof.trainer.data import Batches, Rows, StreamBatches, rows
 from effprof.trainer.evaluate import Validation, evaluate
-from effprof.trainer.export import export
+from effprof.trainer.export import export, has_dense_form
 from effprof.trainer.files import write_folder, write_whole
 from effprof.trainer.optimizer import MethodOptimizer
 from effprof.trainer.run import Run, open_folder
@@ -189,7 +189,8 @@ class Session:
                 )
                 return Outcome(interrupt.code, self._summary(None, time.monotonic() - start))
         summary = self._summary(result, time.monotonic() - start)
-        export(self.model, self.tokenizer, self.plan, run.out / "model")
+        if has_dense_form(self.model):
+            export(self.model, self.tokenizer, self.plan, run.out / "model")
         write_whole(run.out / "summary.json", json.dumps(summary, indent=1) + "\n")
         return Outcome(0, summary)
 

@@ -31,14 +31,16 @@ class Probe:
     measured: dict[str, Any]
 
 
-def probe(plan: Plan, *, time_limit: float = TIME_LIMIT) -> Probe:
+def probe(plan: Plan, *, seconds: float = 10.0, time_limit: float = TIME_LIMIT) -> Probe:
     """Run a plan's step a few times in a child process; its failure, whatever it is, is a result.
+
+    Steady updates are timed for ``seconds``, three at least.
 
     Raises EffprofError where the child reports an error of the plan itself.
     """
     with tempfile.TemporaryDirectory(prefix="effprof-probe-") as folder:
         result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "effprof.trainer.probe_child", str(result)]
+        command = [sys.executable, "-m", "effprof.trainer.probe_child", str(result), str(seconds)]
         child = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

@@ -30,13 +30,12 @@ from effprof.trainer.optimizer import MethodOptimizer
 from effprof.trainer.step import training_step
 
 STEADY_UPDATES = 2  # recorded, beside a first one and a forced refresh: four in all, three at least
-TIMED_SECONDS = 10.0
 TIMED_UPDATES = (3, 50)
 
 
 def main() -> None:
     """The child: a plan on standard input, the measurement into the file named by the argument."""
-    path, plan = Path(sys.argv[1]), from_dict(json.load(sys.stdin))
+    path, seconds, plan = Path(sys.argv[1]), float(sys.argv[2]), from_dict(json.load(sys.stdin))
     _die_with_parent()
     with contextlib.suppress(OSError):  # short of memory, Linux is to end this process and no other
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
@@ -49,7 +48,7 @@ def main() -> None:
         temporary.replace(path)
 
     try:
-        _measure(plan, report)
+        _measure(plan, seconds, report)
         report(outcome="ok")
     except EffprofError as error:
         report(outcome="error", detail=error.message, hint=error.hint)
@@ -74,26 +73,29 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _measure(plan: Plan, report: Callable[..., None]) -> None:
+def _measure(plan: Plan, seconds: float, report: Callable[..., None]) -> None:
     device = resolve_device(plan.device, plan.allocator)
     torch.manual_seed(0)
     if device.type == "cuda":
-        _measure_cuda(plan, device, report)
+        model, optimizer = _measure_cuda(plan, device, report)
     else:
-        _measure_cpu(plan, device, report)
+        model, optimizer = _measure_cpu(plan, device, report)
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    times = _timed(model, optimizer, plan, device, seconds)
+    report(step_seconds=times, **({} if device.type == "cuda" else {"rss_peak": rss}))
 
 
-def _measure_cpu(plan: Plan, device: torch.device, report: Callable[..., None]) -> None:
-    """The allocator's own record of a first, two steady and one refreshing update.
+Built = tuple[nn.Module, MethodOptimizer]
 
-    Then time without it.
-    """
+
+def _measure_cpu(plan: Plan, device: torch.device, report: Callable[..., None]) -> Built:
+    """The allocator's own record of a first, two steady and the periodic updates."""
     recorder = CpuRecorder()
     recorder.start()
     model, optimizer = build(plan, lr=1e-4)
     recorder.name(pointers(dict(model.named_parameters()), "weights"))
     recorder.name(pointers(dict(model.named_buffers()), "buffers"))
-    updates = _updates(plan)
+    updates, held = _updates(plan), resident(model, optimizer)
     for number, (kind, due) in enumerate(updates, 1):
         report(reached=f"update {number} ({kind})")
         _say(f"update {number} of {len(updates)} ({kind})")
@@ -107,6 +109,7 @@ def _measure_cpu(plan: Plan, device: torch.device, report: Callable[..., None]) 
 
         one_update(model, optimizer, plan, device, on_phase)
         recorder.name(pointers(state_tensors(optimizer), "optimizer"))
+        held = most_held(held, resident(model, optimizer))
     recorder.stop()
     tape = recorder.tape()
     peak = tapes.peak(tape)
@@ -118,19 +121,18 @@ def _measure_cpu(plan: Plan, device: torch.device, report: Callable[..., None]) 
             "peak_update": peak.update,
             "peak_allocated": peak.size,
         },
-        resident=resident(model, optimizer),
+        resident=held,
         updates=len(updates),
     )
-    times = _timed(model, optimizer, plan, device)
-    report(step_seconds=times, rss_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return model, optimizer
 
 
-def _measure_cuda(plan: Plan, device: torch.device, report: Callable[..., None]) -> None:
+def _measure_cuda(plan: Plan, device: torch.device, report: Callable[..., None]) -> Built:
     """torch's peak counters over the same updates, and NVML's view of this process beside them."""
     torch.cuda.set_device(device)
     torch.cuda.reset_peak_memory_stats(device)
     model, optimizer = build(plan, lr=1e-4)
-    updates = _updates(plan)
+    updates, held = _updates(plan), resident(model, optimizer)
     peaks: dict[str, int] = {}
     place = ["build", "build"]
 
@@ -152,6 +154,7 @@ def _measure_cuda(plan: Plan, device: torch.device, report: Callable[..., None])
         one_update(model, optimizer, plan, device, on_phase)
         on_phase("update")
         reserved = max(reserved, torch.cuda.memory_reserved(device))
+        held = most_held(held, resident(model, optimizer))
     where = max(peaks, key=lambda key: peaks[key])
     update, _, phase = where.partition("/")
     uuid = str(torch.cuda.get_device_properties(device).uuid)
@@ -167,7 +170,7 @@ def _measure_cuda(plan: Plan, device: torch.device, report: Callable[..., None])
             "process_total": process,
             "context": None if process is None else process - torch.cuda.memory_reserved(device),
         },
-        resident=resident(model, optimizer),
+        resident=held,
         peaks=peaks,
         updates=len(updates),
         gpu={
@@ -177,7 +180,7 @@ def _measure_cuda(plan: Plan, device: torch.device, report: Callable[..., None])
             "reasons": list(readings[0].reasons) if readings else ["NVML cannot be used here"],
         },
     )
-    report(step_seconds=_timed(model, optimizer, plan, device))
+    return model, optimizer
 
 
 def _updates(plan: Plan) -> list[tuple[str, int]]:
@@ -208,16 +211,20 @@ def random_batch(plan: Plan, device: torch.device) -> Batch:
 
 
 def _timed(
-    model: nn.Module, optimizer: MethodOptimizer, plan: Plan, device: torch.device
+    model: nn.Module,
+    optimizer: MethodOptimizer,
+    plan: Plan,
+    device: torch.device,
+    seconds: float,
 ) -> dict[str, Any]:
     """Seconds of steady updates: median, spread (half the middle half, over the median), how
     many.
     """
-    _say(f"timing steady updates for {TIMED_SECONDS:.0f} s")
+    _say(f"timing steady updates for {seconds:.0f} s")
     least, most = TIMED_UPDATES
     times: list[float] = []
     began = time.perf_counter()
-    while len(times) < least or (time.perf_counter() - began < TIMED_SECONDS and len(times) < most):
+    while len(times) < least or (time.perf_counter() - began < seconds and len(times) < most):
         start = time.perf_counter()
         one_update(model, optimizer, plan, device)
         if device.type == "cuda":
@@ -252,6 +259,11 @@ def resident(model: nn.Module, optimizer: MethodOptimizer) -> dict[str, int]:
         "optimizer": total(state_tensors(optimizer)),
         "buffers": total(dict(model.named_buffers())),
     }
+
+
+def most_held(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+    """Of what is held after two updates, that with more optimizer state: blocks may take turns."""
+    return max(other, one, key=lambda sizes: sizes["optimizer"])
 
 
 def _say(text: str) -> None:

@@ -1,0 +1,293 @@
+"""A method on anyone's model: swap its linear layers, and give it its optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from effprof import registry
+from effprof.errors import UsageError
+from effprof.model import Architecture, Matrix, from_config
+from effprof.recipe import Recipe, Size, preset_of, resolve
+from effprof.registry import Tensor
+from effprof.trained import Trained, trained
+from effprof.trainer.layer import MethodLinear
+from effprof.trainer.optimizer import MethodOptimizer
+
+_KINDS = {
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "o",
+    "qkv_proj": "qkv",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "gate_up_proj": "gate_up",
+    "down_proj": "down",
+}
+
+
+def apply(
+    model: nn.Module,
+    method: str,
+    *,
+    rank: int | None = None,
+    skip: Sequence[str] | None = None,
+    from_dense: bool = True,
+    seed: int = 0,
+    **settings: Any,
+) -> nn.Module:
+    """Replace a model's linear layers by a method's, in place, and return the model.
+
+    Of a language model these are the linear layers of attention and MLP; of any other module every
+    ``nn.Linear`` but the output head (the last one). ``skip`` names others to leave instead.
+    ``from_dense`` starts from the model's weights (their best factors, where a method has only
+    factors); without it layers start as the method starts them. A method without a layer half
+    (galore, apollo) changes nothing here: give it to ``effprof.optimizer``.
+
+    Raises UsageError for an unknown method, a setting it does not have, or a rank a layer cannot
+    hold.
+    """
+    found = _targets(model, skip)
+    recipe = resolve(method, None, rank, settings, {}, _size(model, found))
+    half: Any = recipe.halves.layer
+    if half is None:
+        return model
+    if any(isinstance(module, MethodLinear) for module in model.modules()):
+        raise UsageError("This model's layers have been swapped already.", "Load a fresh model.")
+    keeps = from_dense or hasattr(half, "STARTS_DENSE")
+    made: list[tuple[str, nn.Module]] = []
+    for index, (name, linear, matrix) in enumerate(found, 1):
+        layer = MethodLinear(half, matrix, recipe.layer_settings, linear.weight.dtype, None)
+        layer.to_empty(device=linear.weight.device)
+        dense = linear.weight.detach().float() if keeps else None
+        layer.initialise(seed * 1_000_003 + index, dense)
+        layer.bias = linear.bias
+        made.append((name, layer))
+    _edit(model, getattr(half, "edit", lambda settings: {})(recipe.layer_settings))
+    for name, module in made:  # only once every layer could be made
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)
+    return model
+
+
+def optimizer(
+    model: nn.Module,
+    method: str,
+    *,
+    lr: float,
+    rank: int | None = None,
+    skip: Sequence[str] | None = None,
+    state_dtype: str = "same",
+    per_layer_update: bool = False,
+    implementation: str | None = None,
+    total_updates: int = 0,
+    seed: int = 0,
+    **settings: Any,
+) -> MethodOptimizer:
+    """The optimizer of a method for every parameter of ``model`` that requires a gradient.
+
+    On a model whose layers ``effprof.apply`` swapped, ``method`` is that method or one with an
+    update half for its factors. ``settings`` are the update half's. Merges, restarts, resets and
+    the learning-rate recovery happen inside ``step()``; schedulers set ``param_groups`` as ever.
+    ``total_updates`` is the run's length, where a method asks for it (golore, stable-spam).
+
+    Raises UsageError for what does not go together.
+    """
+    swapped = [module for module in model.modules() if isinstance(module, MethodLinear)]
+    own = resolve_for(model, swapped, method, rank, skip, settings)
+    if per_layer_update or own.halves.fused_backward:
+        _refuse(own, "NOT_PER_LAYER", "per_layer_update")
+    if state_dtype == "8bit":
+        _refuse(own, "NOT_8BIT", "state_dtype='8bit'")
+    default = "fused" if state_dtype == "same" else "loop"
+    recipe = dataclasses.replace(
+        own,
+        state_dtype=state_dtype,
+        per_layer_update=per_layer_update or own.halves.fused_backward,
+        optimizer_impl=implementation or default,
+    )
+    built = MethodOptimizer(recipe, _parameters(model, recipe, skip), lr, layers=swapped, seed=seed)
+    built.clock.total_updates = total_updates
+    return built
+
+
+def resolve_for(
+    model: nn.Module,
+    swapped: Sequence[MethodLinear],
+    method: str,
+    rank: int | None,
+    skip: Sequence[str] | None,
+    settings: dict[str, Any],
+) -> Recipe:
+    """The recipe of a method for a model, with the settings its layers were swapped with."""
+    size = _size(model, _targets(model, skip, swapped=bool(swapped)))
+    chosen = registry.method(method)
+    if not swapped:
+        if chosen.layer is not None:
+            raise UsageError(
+                f"{chosen.name} has layers of its own, and this model has none.",
+                f"Call effprof.apply(model, method={chosen.name!r}) first.",
+            )
+        return resolve(method, None, rank, settings, {}, size)
+    layer = swapped[0]
+    name = layer.layer_half.__name__.rpartition(".")[2].replace("_", "-")  # type: ignore[attr-defined]
+    if rank is not None:
+        settings = {**settings, "rank": rank}
+    given = dataclasses.asdict(layer.settings)
+    if chosen.one_file and chosen.name == name:
+        return resolve(name, None, None, {**given, **settings}, {}, size)
+    update = None if chosen.name == name else method
+    return resolve(name, update, None, given, settings, size)
+
+
+def _refuse(recipe: Recipe, attribute: str, what: str) -> None:
+    for half in (recipe.halves.layer, recipe.halves.update):
+        if hasattr(half, attribute):
+            raise UsageError(
+                f"{what} does not go with {recipe.halves.name}: {getattr(half, attribute)}.",
+                "Leave it out.",
+            )
+
+
+def _parameters(
+    model: nn.Module, recipe: Recipe, skip: Sequence[str] | None
+) -> Iterator[tuple[tuple[nn.Parameter, ...], Trained]]:
+    """What is trained together, with what is kept for it."""
+    named = {parameter: name for name, parameter in model.named_parameters()}
+    for path, module in model.named_modules():
+        if isinstance(module, MethodLinear):
+            declared = module.layer_half.weights(module.matrix, module.settings)
+            for one in trained(recipe, module.matrix, declared, 1, targeted=True):
+                parameters = tuple(module.get_parameter(t.name) for t in one.tensors)
+                for parameter in parameters:
+                    del named[parameter]
+                matrix = dataclasses.replace(one.matrix, name=f"{path} {one.matrix.name}")
+                yield parameters, dataclasses.replace(one, matrix=matrix)
+            for name, parameter in module.named_parameters(recurse=False):
+                if name != "bias":
+                    named.pop(parameter, None)  # what the method itself keeps frozen
+    targeted = {linear.weight: matrix for _, linear, matrix in _targets(model, skip, swapped=True)}
+    for parameter, name in named.items():
+        if not parameter.requires_grad:
+            continue
+        matrix = targeted.get(parameter) or _other(model, parameter, name)
+        tensor = Tensor("weight", matrix.shape, trainable=True)
+        wanted = parameter in targeted and recipe.halves.layer is None
+        (one,) = trained(recipe, matrix, (tensor,), 1, targeted=wanted)
+        if parameter.dim() not in (1, 2) and not one.hosted:
+            raise UsageError(
+                f"{name} has {parameter.dim()} dimensions, which "
+                f"{recipe.halves.update_name} cannot take.",
+                "Freeze it, or use a method whose rest is torch's AdamW.",
+            )
+        yield (parameter,), one
+
+
+def _other(model: nn.Module, parameter: nn.Parameter, name: str) -> Matrix:
+    """An untargeted parameter's matrix and kind."""
+    layer = _layer_index(name)
+    if parameter.dim() != 2:
+        kind = "bias" if name.endswith("bias") else "norm"
+        kind = kind if parameter.dim() == 1 else "linear"
+        return Matrix(name, parameter.numel(), 1, kind, layer, flat=True)
+    head = _head(model)
+    rows, columns = parameter.shape
+    if any(m.weight is parameter for m in model.modules() if isinstance(m, nn.Embedding)):
+        kind = "embedding"
+    else:
+        kind = "head" if head is not None and head.weight is parameter else "linear"
+    return Matrix(name, rows, columns, kind, layer)
+
+
+def _head(model: nn.Module) -> nn.Linear | None:
+    """The output head: what a language model says it is, else the last linear layer."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if getter is not None else None
+    if head is None:
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        head = linears[-1] if linears else None
+    return head if isinstance(head, nn.Linear) else None
+
+
+def _targets(
+    model: nn.Module, skip: Sequence[str] | None, *, swapped: bool = False
+) -> list[tuple[str, nn.Linear, Matrix]]:
+    """The linear layers a method takes. Raises UsageError where there are none."""
+    head = _head(model)
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if skip is None:
+        known = [(n, m) for n, m in linears if n.rpartition(".")[2] in _KINDS]
+        linears = known or [(n, m) for n, m in linears if m is not head]
+    else:
+        unknown = set(skip) - {name for name, _ in linears}
+        if unknown:
+            raise UsageError(
+                f"{sorted(unknown)[0]!r} is no linear layer of this model.",
+                "Give names as model.named_modules() has them.",
+            )
+        linears = [(n, m) for n, m in linears if n not in skip]
+    if not linears and not swapped:
+        raise UsageError(
+            "No linear layer (nn.Linear) to train this way was found in the model.",
+            "A method takes nn.Linear layers other than the output head.",
+        )
+    return [(name, linear, _matrix(model, name, linear)) for name, linear in linears]
+
+
+def _matrix(model: nn.Module, name: str, linear: nn.Linear) -> Matrix:
+    kind = _KINDS.get(name.rpartition(".")[2], "linear")
+    config = getattr(model, "config", None)
+    heads = getattr(config, "num_attention_heads", 1) if kind in ("q", "o", "qkv") else 1
+    if kind in ("k", "v"):
+        heads = getattr(config, "num_key_value_heads", None) or heads
+    rows, columns = linear.weight.shape
+    return Matrix(f"{name}.weight", rows, columns, kind, _layer_index(name), heads or 1)
+
+
+def _layer_index(name: str) -> int:
+    """The number of the repeated block a name belongs to; -1 for none."""
+    found = re.search(r"(?:^|\.)(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
+def _size(model: nn.Module, found: Sequence[tuple[str, nn.Linear, Matrix]]) -> Size:
+    """Defaults are the nearest published size's; the rank a quarter of the narrowest layer."""
+    shape = _architecture(model)
+    sizes = tuple(name for one in registry.names() for name in registry.method(one).facts.defaults)
+    preset = preset_of(shape, tuple(dict.fromkeys(sizes))) if shape else None
+    total = sum(parameter.numel() for parameter in model.parameters())
+
+    def rank() -> int:
+        return max(min((m.shorter for _, _, m in found), default=4) // 4 // 8 * 8, 1)
+
+    return Size(total, preset, rank)
+
+
+def _architecture(model: nn.Module) -> Architecture | None:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        return None
+    try:
+        return from_config(config.to_dict(), "")
+    except UsageError:
+        return None
+
+
+def _edit(model: nn.Module, changes: dict[str, Any]) -> None:
+    """What a method changes outside the matrices: the MLP's own activation."""
+    if not changes:
+        return
+    gated = [m for m in model.modules() if hasattr(m, "act_fn") and hasattr(m, "down_proj")]
+    if not gated or changes != {"activation": "linear"}:
+        raise UsageError(
+            "This model's MLP activation is not where effprof knows it.",
+            "Pass keep_activation=True.",
+        )
+    for module in gated:
+        module.act_fn = torch.nn.Identity()
