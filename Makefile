@@ -26,7 +26,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 	rm -rf build dist
 	$(BIN)/python -m build --quiet --outdir dist
 	$(BIN)/python scripts/wheel_smoke.py dist

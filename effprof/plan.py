@@ -255,11 +255,10 @@ class Plan:
 
     def _has_states(self) -> bool:
         """Whether any tensor of the plan has a state whose dtype the plan decides."""
-        half, settings = self.recipe.half(covered=True)
+        half, _ = self.recipe.half(covered=True)
         if not {"embedding", "head", "norm"} <= set(half.COVERS) and not self.freeze_rest:
             return True  # the rest is AdamW
-        matrix = self.architecture.layer_matrices()[0]
-        return any(tensor.dtype == "state" for tensor in half.state(matrix, settings))
+        return self.recipe.has_states(self.architecture.layer_matrices()[0])
 
     def _check_per_layer(self) -> None:
         if not self.per_layer_update:

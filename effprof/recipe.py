@@ -8,7 +8,7 @@ from typing import Any
 
 from effprof import registry
 from effprof.errors import UsageError, unknown
-from effprof.model import architecture, nearest_size
+from effprof.model import Matrix, architecture, nearest_size
 from effprof.registry import Facts, LayerHalf, Method, UpdateHalf
 
 
@@ -42,6 +42,11 @@ class Recipe:
         if covered:
             return self.halves.update, self.optimizer_settings
         return registry.rest(), self.rest_settings
+
+    def has_states(self, matrix: Matrix) -> bool:
+        """Whether the update half keeps a state of a matrix whose dtype ``state_dtype`` decides."""
+        state = self.halves.update.state(matrix, self.optimizer_settings)
+        return any(tensor.dtype == "state" for tensor in state)
 
     def hooked(self) -> tuple[tuple[Any, Any], ...]:
         """The halves whose hooks are called, with their settings.

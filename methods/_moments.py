@@ -18,8 +18,11 @@ def advance(
 
 
 def direction(first: TorchTensor, second: TorchTensor, eps: float) -> TorchTensor:
-    """m / (sqrt(v) + eps), one new tensor at the end and two while it is formed."""
-    return first / second.sqrt().add_(eps)
+    """m / (sqrt(v) + eps), one new tensor."""
+    import torch
+
+    root = second.sqrt().add_(eps)
+    return torch.div(first, root, out=root)
 
 
 def correction(betas: tuple[float, ...], count: int) -> float:

@@ -107,14 +107,13 @@ def flops(matrix: Matrix, tokens: int, settings: Any) -> Flops:
 
 
 def transient(matrix: Matrix, tokens: int, settings: Any) -> Mapping[str, tuple[Tensor, ...]]:
-    """The drawn projector beside the projected gradient, then the step's two tensors."""
+    """The projected gradient and its step; on the CPU the gradient in fp32 for its norm."""
     projector, projected = _projection.shapes(matrix, settings.rank, settings.side)
     drawn = Tensor("projector", projector, "weight", "workspace")
     stored = settings.projector == "stored"
     return {
         "update": (
             Tensor("projected", projected, "weight", "workspace"),
-            Tensor("denominator", projected, "state", "workspace"),
             Tensor("step", projected, "state", "workspace"),
         ),
         "update:limit": (

@@ -87,12 +87,14 @@ def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:
 
 
 def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, tuple[Tensor, ...]]:
-    """Two tensors of the projected shape in an update; in a refresh what an SVD needs."""
+    """A tensor of the projected shape in an update (first the gradient's, then the step's); in a
+    refresh what an SVD needs.
+    """
     _, projected = _projection.shapes(matrix, settings.rank, settings.side)
     return {
         "update": (
-            Tensor("denominator", projected, "state", "workspace"),
             Tensor("step", projected, "state", "workspace"),
+            Tensor("step_cast", projected, "recast", "workspace"),
         ),
         "refresh": _projection.leading_transient(matrix, settings.rank, settings.svd),
     }

@@ -139,7 +139,6 @@ def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, t
     directions = (
         Tensor("d_A", (r, n), "state", "workspace"),
         Tensor("d_B", (m, r), "state", "workspace"),
-        Tensor("denominator", (max(m, n), r), "state", "workspace"),
     )
     bases = tuple(
         Tensor(name, (side, r), "fp32", "workspace")
@@ -150,7 +149,7 @@ def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, t
     return {
         **lowrank.transient(matrix, tokens, _plain(settings)),
         "update": directions,
-        "refresh": (*directions[:2], *bases, *core),
+        "refresh": (*directions, *bases, *core),
     }
 
 

@@ -105,8 +105,9 @@ def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, t
     order = Tensor("permutation", (matrix.numel,), "int64", "workspace")
     return {
         "update": (
-            Tensor("denominator", shape, "state", "workspace"),
-            Tensor("step", shape, "state", "workspace"),
+            Tensor("bound", shape, "state", "workspace"),
+            Tensor("clipped", shape, "state", "workspace"),
+            Tensor("gradient", shape, "recast", "workspace"),
         ),
         "refresh": () if count is None else (order,),
     }
@@ -136,8 +137,6 @@ def lr_factor(clock: Clock, settings: Settings) -> float:
 
 def update(group: Group, clock: Clock, settings: Settings) -> None:
     """Reset where due, clip g where g² > threshold × v to that bound, then Adam's step."""
-    import torch
-
     weight, gradient = group.tensors["weight"], group.gradients["weight"]
     first, second = group.state["exp_avg"], group.state["exp_avg_sq"]
     count = clock.update + 1
@@ -152,9 +151,7 @@ def update(group: Group, clock: Clock, settings: Settings) -> None:
         gradient = gradient.reshape(-1)[indices]
     gradient = gradient.to(first.dtype)
     if count >= settings.skip and since >= settings.skip:
-        bound = (second * settings.threshold).sqrt_()
-        gradient = torch.clamp(gradient, -bound, bound)
-        del bound
+        gradient = _clipped(gradient, second, settings.threshold)
     _moments.advance(first, second, gradient, settings.betas)
     del gradient
     step = _moments.direction(first, second, settings.eps).to(weight.dtype)
@@ -165,6 +162,15 @@ def update(group: Group, clock: Clock, settings: Settings) -> None:
         weight.view(-1).index_add_(0, indices, step, alpha=-size)
     if settings.weight_decay:
         weight.mul_(1 - clock.lr * settings.weight_decay)
+
+
+def _clipped(gradient: TorchTensor, second: TorchTensor, threshold: float) -> TorchTensor:
+    """Entries with g² above threshold × v, brought to that bound with their sign."""
+    import torch
+
+    bound = (second * threshold).sqrt_()
+    low = bound.neg()
+    return torch.clamp(gradient, low, bound, out=low)
 
 
 def _draw(indices: TorchTensor, numel: int, seed: int) -> None:

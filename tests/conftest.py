@@ -10,6 +10,8 @@ import pytest
 from hypothesis import settings
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core: each needs no more than one
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["EFFPROF_QUIET"] = "1"
 os.environ["COLUMNS"] = "100"
 os.environ["HF_HUB_OFFLINE"] = "1"

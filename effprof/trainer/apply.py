@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from effprof import registry
-from effprof.errors import UsageError
+from effprof.errors import UsageError, unknown
 from effprof.model import Architecture, Matrix, from_config
 from effprof.recipe import Recipe, Size, preset_of, resolve
 from effprof.registry import Tensor
@@ -53,13 +53,13 @@ def apply(
     Raises UsageError for an unknown method, a setting it does not have, or a rank a layer cannot
     hold.
     """
+    if any(isinstance(module, MethodLinear) for module in model.modules()):
+        raise UsageError("This model's layers have been swapped already.", "Load a fresh model.")
     found = _targets(model, skip)
     recipe = resolve(method, None, rank, settings, {}, _size(model, found))
     half: Any = recipe.halves.layer
     if half is None:
         return model
-    if any(isinstance(module, MethodLinear) for module in model.modules()):
-        raise UsageError("This model's layers have been swapped already.", "Load a fresh model.")
     keeps = from_dense or hasattr(half, "STARTS_DENSE")
     made: list[tuple[str, nn.Module]] = []
     for index, (name, linear, matrix) in enumerate(found, 1):
@@ -103,8 +103,21 @@ def optimizer(
     own = resolve_for(model, swapped, method, rank, skip, settings)
     if per_layer_update or own.halves.fused_backward:
         _refuse(own, "NOT_PER_LAYER", "per_layer_update")
+    for name, value, known in (
+        ("state_dtype", state_dtype, ("same", "fp32", "8bit")),
+        ("implementation", implementation, (None, "fused", "foreach", "loop")),
+    ):
+        if value not in known:
+            raise unknown(name, str(value), [one for one in known if one])
     if state_dtype == "8bit":
         _refuse(own, "NOT_8BIT", "state_dtype='8bit'")
+    covers_all = {"embedding", "head", "norm"} <= set(own.halves.update.COVERS)
+    if state_dtype != "same" and covers_all and not own.has_states(Matrix("", 64, 64, "q")):
+        raise UsageError(
+            f"state_dtype={state_dtype!r} has no effect: {own.halves.update_name} keeps no state "
+            f"of the weights' dtype.",
+            "Leave it out.",
+        )
     default = "fused" if state_dtype == "same" else "loop"
     recipe = dataclasses.replace(
         own,
