@@ -198,6 +198,7 @@ class LayerHalf(Protocol):
     # lr_factor(clock, settings): multiplied onto the learning rate of every parameter
     # phases(settings, update), due(settings, layers): see the functions of these names below
     # edit(settings) -> fields of the Architecture that the method changes
+    # PAPER_NUMBERS, PAPER_LEAVES_OUT_REST: published tables that count otherwise than what is kept
     # NOT_PER_LAYER, NOT_8BIT: why the method does not go with that flag
     # STARTS_DENSE: the host passes the model's own initial matrix to ``init``
 

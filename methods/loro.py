@@ -45,7 +45,6 @@ FACTS = Facts(
         "7b": {"rank": 1024},
     },
     lr={"60m": 1e-2, "350m": 1e-2, "1b": 5e-3},
-    convention="bf16, 2 B per number: weights + both AdamW moments; no gradients, no activations",
 )
 COVERS = ("linear",)
 JOINT = True

@@ -17,7 +17,7 @@ from . import _checks
 FACTS = Facts(
     title="Muon",
     summary="momentum orthogonalised by Newton–Schulz",
-    paper="kellerjordan.github.io/posts/muon; arXiv 2502.16982",
+    paper="arXiv 2502.16982; kellerjordan.github.io/posts/muon",
     equations="Newton–Schulz of degree five; arXiv 2502.16982 equation 4",
     reference="torch.optim.Muon",
     deviations=(
@@ -27,9 +27,11 @@ FACTS = Facts(
         "Weight decay is 0 by default (torch: 0.1).",
     ),
     lr={"9m": 3e-3, "60m": 2e-3, "130m": 1e-3, "350m": 1e-3, "1b": 5e-4, "7b": 3e-4},
-    convention="bf16, 2 B per number: weights + momentum; AdamW for the rest",
+    convention="bf16, 2 B per number: weights + momentum of every parameter, as if Muon trained "
+    "all; here embeddings, head and norms have AdamW's two moments",
 )
 COVERS = ("linear",)
+PAPER_NUMBERS = 2  # per parameter, in the published tables
 ADJUST = ("match_rms_adamw", "original")
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 

@@ -26,9 +26,10 @@ FACTS = Facts(
         "for them.",
     ),
     lr={"60m": 1e-3, "350m": 1e-3, "1b": 2e-4, "7b": 1e-4},
-    convention="bf16, 2 B per number: weights + the head's momentum; AdamW for norms",
+    convention="bf16, 2 B per number: weights + the head's momentum, nothing for the norms",
 )
 COVERS = ("linear", "embedding", "head")
+PAPER_LEAVES_OUT_REST = True  # the published tables count no moments of the norms
 FLOOR = 1e-8  # of the root mean square
 
 

@@ -38,7 +38,6 @@ FACTS = Facts(
         "eps is 1e-6 as in the release.",
     ),
     lr={"60m": 1e-3, "130m": 8e-4, "350m": 4e-4, "1b": 2e-4},
-    convention="bf16, 2 B per number: weights + both moments; no gradients, no activations",
 )
 COVERS = ("linear", "embedding", "head", "norm", "bias")
 SPARSE_KINDS = ("q", "k", "v", "o", "qkv", "gate", "up", "gate_up", "down", "linear")

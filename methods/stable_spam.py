@@ -33,7 +33,6 @@ FACTS = Facts(
         "(--set horizon=20000). --set eta=1 turns it off.",
     ),
     lr={"60m": 1e-3, "130m": 8e-4, "350m": 4e-4, "1b": 2e-4},
-    convention="bf16, 2 B per number: weights + both moments; no gradients, no activations",
 )
 COVERS = ("linear", "embedding", "head", "norm", "bias")
 

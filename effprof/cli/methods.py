@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from effprof import registry
+from effprof import published, registry
 
 NAME = "methods"
+REFERENCE = "1b"
 EPILOG = """\b
 Examples:
   effprof methods
@@ -25,16 +26,42 @@ def command(
 ) -> int:
     """List the methods, or show one's facts, settings and deviations from its paper."""
     chosen = [registry.method(n) for n in ([name] if name else registry.names())]
+    shares = held_shares([method.name for method in chosen])
     if as_json:
-        print(json.dumps({"schema": "effprof.methods/1", "methods": [_row(m) for m in chosen]}))
+        rows = [_row(m) | {"held_at_1b": shares[m.name]} for m in chosen]
+        print(json.dumps({"schema": "effprof.methods/1", "methods": rows}))
         return 0
-    from effprof.report.terminal import show_method, show_methods
+    from effprof.report.methods import show_method, show_methods
 
     if name:
-        show_method(chosen[0])
+        show_method(chosen[0], shares[chosen[0].name])
     else:
-        show_methods(chosen)
+        show_methods(chosen, shares)
     return 0
+
+
+def held_shares(names: list[str]) -> dict[str, float]:
+    """Weights, gradients, optimizer states and buffers of each method at 1b, relative to full."""
+    from effprof.plan import Plan
+    from effprof.step import work_out
+
+    def held(name: str) -> int:
+        step = work_out(Plan(model=REFERENCE, method=name))
+        kept = sum(step.resident().values())
+        gradients = [
+            sum(map(step.nbytes, one.tensors))
+            for unit, times in step.units()
+            for one in unit.trained * times
+        ]
+        if step.turns:
+            turns = [
+                sum(step.nbytes(t) for one in turn for t in one.tensors) for turn in step.turns
+            ]
+            return kept + max(turns)
+        return kept + (max(gradients) if step.plan.per_layer_update else sum(gradients))
+
+    full = held(registry.default())
+    return {name: held(name) / full for name in names}
 
 
 def _row(method: registry.Method) -> dict[str, Any]:
@@ -44,6 +71,7 @@ def _row(method: registry.Method) -> dict[str, Any]:
         **dataclasses.asdict(method.facts),
         "update": method.update_name,
         "kind": "layer" if method.layer else "update",
+        "published": [dataclasses.asdict(one) for one in published.of(method.name)],
         "settings": {
             key: None if field.default is dataclasses.MISSING else field.default
             for key, field in fields.items()

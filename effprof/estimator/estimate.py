@@ -127,6 +127,9 @@ def _paper(step: Step) -> tuple[int, str] | None:
     own_update = getattr(method.addressed, "UPDATE", method.update) is method.update
     if not rule or not own_update:
         return None
+    published = getattr(method.update, "PAPER_NUMBERS", None)
+    if published is not None:  # a rule of its own, not what is really kept
+        return 2 * published * step.architecture.parameters, rule
     numbers = indices = 0
     for unit, times in step.units():
         for tensor in unit.tensors:
@@ -135,6 +138,8 @@ def _paper(step: Step) -> tuple[int, str] | None:
             else:
                 numbers += times * tensor.numel
         for trained in unit.trained:
+            if not trained.covered and getattr(method.update, "PAPER_LEAVES_OUT_REST", False):
+                continue
             numbers += times * sum(tensor.numel for tensor in trained.state if tensor.shape)
     return 2 * numbers + 8 * indices, rule
 
@@ -150,6 +155,7 @@ def _not_modelled(plan: Plan) -> tuple[str, ...]:
         )
     dropouts = ("attention_dropout", "resid_pdrop", "embd_pdrop")
     found += [f"{key} in config.json" for key in dropouts if shape.config.get(key)]
-    if plan.device == "cuda" and "svd" in plan.update_settings:
+    decomposed = {"svd", "refactorize", "exact_every"}
+    if plan.device == "cuda" and decomposed & {*plan.settings, *plan.update_settings}:
         found.append("cuSOLVER's own workspace during a refresh")
     return tuple(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,6 @@ from effprof import registry
 from effprof.estimator.compare import Bucket, Comparison
 from effprof.estimator.estimate import Estimate
 from effprof.model import Architecture
-from effprof.registry import Method
 from effprof.tape import ROLES
 from effprof.units import GB, duration, gib, quantity
 
@@ -251,38 +249,6 @@ def show_probe(result: Comparison) -> None:
 def _compared(bucket: Bucket) -> tuple[str, str, str]:
     error = "" if bucket.error is None else f"{100 * bucket.error:+.2f} %"
     return gib(bucket.estimated), gib(bucket.measured), error
-
-
-def show_methods(methods: Sequence[Method]) -> None:
-    """One line per method."""
-    rows = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("method", "what it does", "paper", "kind"):
-        rows.add_column(name)
-    for method in methods:
-        kind = "layer" if method.layer else "update"
-        rows.add_row(method.name, method.facts.summary, method.facts.paper, kind)
-    out = console()
-    out.print(rows)
-    out.print("Next: effprof methods NAME shows settings, costs and deviations.")
-
-
-def show_method(method: Method) -> None:
-    """Facts, settings with their defaults by size, and every deviation from paper and release."""
-    out, facts = console(), method.facts
-    out.print(Text(f"{method.name}: {facts.title}", style="bold"))
-    out.print(
-        f"{facts.summary}\nPaper: {facts.paper} ({facts.equations})\nReference code: "
-        f"{facts.reference}"
-    )
-    sizes = list(facts.defaults)
-    rows = table("setting", "default", *sizes)
-    for key, field in registry.setting_fields(method.addressed).items():
-        default = "" if field.default is dataclasses.MISSING else str(field.default)
-        rows.add_row(key, default, *(str(facts.defaults[size].get(key, "")) for size in sizes))
-    out.print(rows)
-    out.print("Deviations:")
-    for line in facts.deviations:
-        out.print(f"- {line}")
 
 
 def show_models(shapes: Sequence[Architecture]) -> None:
