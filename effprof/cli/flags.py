@@ -36,7 +36,9 @@ def _plan_flags(
     grad_accum: Annotated[int | None, _option("Micro-batches per update. [1]")] = None,
     global_batch: Annotated[int | None, _option("Rows per update over all GPUs.")] = None,
     dtype: Annotated[str | None, _option("bf16, amp-bf16, amp-fp16 or fp32. [bf16]")] = None,
-    state_dtype: Annotated[str | None, _option("Optimizer states: same or fp32. [same]")] = None,
+    state_dtype: Annotated[
+        str | None, _option("Optimizer states: same, fp32 or 8bit. [same]")
+    ] = None,
     master_weights: Annotated[str | None, _option("none. [none]")] = None,
     checkpointing: Annotated[
         str | None, _option("Activation checkpointing: none or full. [none]")
@@ -48,7 +50,8 @@ def _plan_flags(
     loss: Annotated[str | None, _option("standard. [standard]")] = None,
     rows: Annotated[str | None, _option("packed, packed-isolated or padded. [packed]")] = None,
     per_layer_update: Annotated[
-        bool | None, _option("Not in this version.", "--per-layer-update")
+        bool | None,
+        _option("Update each tensor in backward, free its gradient.", "--per-layer-update"),
     ] = None,
     zero_grad: Annotated[
         str | None, _option("Gradients after an update: none or zero. [none]")

@@ -140,7 +140,7 @@ def _paper(step: Step) -> tuple[int, str] | None:
         for trained in unit.trained:
             if not trained.covered and getattr(method.update, "PAPER_LEAVES_OUT_REST", False):
                 continue
-            numbers += times * sum(tensor.numel for tensor in trained.state if tensor.shape)
+            numbers += times * sum(tensor.numel for tensor in trained.plain if tensor.shape)
     return 2 * numbers + 8 * indices, rule
 
 

@@ -90,6 +90,12 @@ def show_estimate(result: Estimate) -> None:
         )
     _show_flops(out, result)
     _show_fits(out, result)
+    if plan.per_layer_update:
+        out.print(
+            "Each gradient is used and freed in backward: accumulation stays 1, and gradients "
+            "cannot be\nclipped by their global norm.",
+            style="dim",
+        )
     for note in result.not_modelled:
         out.print(f"Not modelled: {note}.", style="yellow")
     _show_share(out, result)
@@ -114,7 +120,9 @@ def _describe(result: Estimate) -> str:
         f"accumulation {plan.grad_accum}" if plan.grad_accum > 1 else "",
         plan.dtype,
         f"{plan.update} updates" if plan.update != registry.method(plan.method).update_name else "",
-        f"AdamW {plan.optimizer_impl}",
+        f"AdamW {plan.optimizer_impl}" if plan.state_dtype == "same" else "",
+        {"8bit": "8-bit states", "fp32": "fp32 states"}.get(plan.state_dtype, ""),
+        "updates in backward" if plan.per_layer_update else "",
         f"attention {plan.attention}",
         "checkpointing" if plan.checkpointing == "full" else "",
         f"{plan.allocator} allocator" if plan.device == "cuda" else "on the CPU",

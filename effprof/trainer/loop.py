@@ -202,6 +202,7 @@ class Session:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        lr *= self.optimizer.lr_factor()
         batches = [self.batches.next() for _ in range(self.plan.grad_accum)]
         loss = float(
             training_step(self.model, self.optimizer, batches, self.plan, clip=self.run.clip)

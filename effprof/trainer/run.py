@@ -66,7 +66,7 @@ _REAL = ("lr", "clip")
 def make(plan: Plan, out: Path, given: Mapping[str, Any]) -> Run:
     """A run from flags, unset ones at their defaults. Raises UsageError for a bad value."""
     values = {key: _checked(key, value) for key, value in given.items() if value is not None}
-    _check_plan(plan)
+    _check_plan(plan, values.get("clip", 0.0))
     steps = _steps(plan, values.pop("steps", None))
     lr = values.pop("lr", default_lr(plan))
     warmup = values.pop("warmup", steps // 10)
@@ -110,12 +110,17 @@ def _checked(name: str, value: Any) -> Any:
     return value
 
 
-def _check_plan(plan: Plan) -> None:
+def _check_plan(plan: Plan, clip: float) -> None:
     """What a plan may say for an estimate and a run cannot do, or would ignore."""
     if plan.dtype == "amp-fp16":
         raise UsageError(
             "--dtype amp-fp16 needs loss scaling, which this version does not do.",
             "Use --dtype amp-bf16 or fp32.",
+        )
+    if plan.per_layer_update and clip:
+        raise UsageError(
+            f"--clip {clip} needs every gradient at once, and --per-layer-update frees each one.",
+            "Leave --clip out, or --set update.clip_value where the method has it.",
         )
     if plan.attention_mask == "full":
         raise UsageError(
