@@ -63,7 +63,7 @@ class Plan:
     grad_accum: int = None  # type: ignore[assignment] # resolved, as global_batch is
     global_batch: int = None  # type: ignore[assignment]
     dtype: str = "bf16"
-    state_dtype: str = "same"
+    state_dtype: str = ""
     master_weights: str = "none"
     checkpointing: str = "none"
     attention: str = "sdpa"
@@ -100,7 +100,7 @@ class Plan:
                 _check_type(item.name, str(item.type), value)
         for name, known in CHOICES.items():
             value = getattr(self, name)
-            if value not in known and not (name == "optimizer_impl" and not value):
+            if value not in known and not (name in ("optimizer_impl", "state_dtype") and not value):
                 raise unknown(flag(name), str(value), known)
         for name in ("micro_batch", "seq_len", "gpus"):
             _positive(name, getattr(self, name))
@@ -163,6 +163,8 @@ class Plan:
         self._set("rank", self.settings.get("rank"))
         if self.per_layer_update is None:
             self._set("per_layer_update", chosen.fused_backward)
+        if not self.state_dtype:
+            self._set("state_dtype", getattr(chosen.update, "STATE_DTYPE", "same"))
         self._resolve_implementation(chosen)
         self._set(
             "_recipe",
@@ -204,6 +206,7 @@ class Plan:
             )
         if self.seq_len < 2:
             raise UsageError("--seq-len 1 leaves nothing to predict.", "Type --seq-len 2 or more.")
+        self._refuse_declared("freeze_rest", "NOT_FREEZE_REST", self.freeze_rest)
         covers_all = self.halves.layer is None and "embedding" in self.halves.update.COVERS
         if covers_all and self.targets != TARGETS and not self.freeze_rest:
             raise UsageError(

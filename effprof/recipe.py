@@ -75,6 +75,13 @@ def resolve(
             f"--update {update} has no effect: {chosen.name} has no layer half.",
             f"Use --method {chosen.update_name}.",
         )
+    if chosen.layer is not None and not chosen.one_file:
+        reason = getattr(chosen.layer, "ONLY_OWN_UPDATE", None)
+        if reason:
+            raise UsageError(
+                f"--update {update} does not go with {chosen.name}: {reason}.",
+                "Leave --update out.",
+            )
     given, given_update = dict(settings), dict(update_settings)
     if rank is not None:
         _check_rank(chosen, rank, given)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PACKAGE = "effprof.methods"
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "int32": 4, "int64": 8, "uint8": 1}
+INTEGERS = ("int32", "int64", "uint8")
 
 # bitsandbytes' block-wise states: one fp32 maximum per 256 numbers (since 0.44), and tensors of
 # fewer than 4096 numbers stay fp32.
@@ -41,7 +42,7 @@ class Tensor:
     resolves. Two name copies that are not always made: ``upcast``, fp32 beside weights of another
     dtype, and ``recast``, fp32 beside weights of another dtype than the states'. ``role`` is
     weights, buffers, optimizer, activations or workspace. A trainable tensor gets a gradient of its
-    own shape.
+    own shape, in the compute dtype where it holds integers.
     """
 
     name: str
@@ -121,7 +122,8 @@ class Group:
     place.
 
     ``age`` counts the updates its state has seen since it began or was last reset: bias correction
-    and schedules of a tensor's own read it. ``seed`` is this group's own.
+    and schedules of a tensor's own read it. ``seed`` is this group's own; ``memory`` holds plain
+    numbers it must remember (JSON), such as a schedule that it changed.
     """
 
     matrix: Matrix
@@ -130,17 +132,20 @@ class Group:
     state: dict[str, TorchTensor]
     age: int = 0
     seed: int = 0
+    memory: dict[str, Any] = field(default_factory=dict)
 
     def reset(self) -> None:
         """Zero the state in place, as if the next update were the first."""
         for tensor in self.state.values():
             tensor.zero_()
         self.age = 0
+        self.memory.clear()
 
     def release(self) -> None:
         """Free the state; an update of this group allocates it again."""
         self.state.clear()
         self.age = 0
+        self.memory.clear()
 
 
 @dataclass(slots=True)
@@ -199,7 +204,9 @@ class LayerHalf(Protocol):
     # phases(settings, update), due(settings, layers): see the functions of these names below
     # edit(settings) -> fields of the Architecture that the method changes
     # PAPER_NUMBERS, PAPER_LEAVES_OUT_REST: published tables that count otherwise than what is kept
-    # NOT_PER_LAYER, NOT_8BIT: why the method does not go with that flag
+    # STATE_DTYPE: the plan's default, where it is not ``same``
+    # ONLY_OWN_UPDATE: why no other update half goes with the layers
+    # NOT_PER_LAYER, NOT_8BIT, NOT_FREEZE_REST: why the method does not go with that flag
     # STARTS_DENSE: the host passes the model's own initial matrix to ``init``
 
 

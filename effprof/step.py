@@ -10,7 +10,7 @@ from typing import Any
 
 from effprof.model import Architecture, Matrix
 from effprof.plan import Plan
-from effprof.registry import ITEMSIZE, Clock, Flops, Saved, Tensor
+from effprof.registry import INTEGERS, ITEMSIZE, Clock, Flops, Saved, Tensor
 from effprof.trained import Trained, trained
 
 _NO_PRODUCTS = Flops()
@@ -89,13 +89,15 @@ class Step:
                 if not (kept.covered and self.turns):
                     sizes["optimizer"] += times * sum(map(self.nbytes, kept.state))
                     if self.plan.zero_grad == "zero":
-                        sizes["gradients"] += times * sum(map(self.nbytes, kept.tensors))
+                        sizes["gradients"] += times * sum(map(self.gradient_bytes, kept.tensors))
         sizes["buffers"] += sum(map(self.nbytes, model_buffers(self.plan)))
         if self.turns:
             held = max(self.turns, key=lambda turn: self._state_bytes(turn))
             sizes["optimizer"] += self._state_bytes(held)
             if self.plan.zero_grad == "zero":
-                sizes["gradients"] += sum(self.nbytes(t) for one in held for t in one.tensors)
+                sizes["gradients"] += sum(
+                    self.gradient_bytes(t) for one in held for t in one.tensors
+                )
         return sizes
 
     def _state_bytes(self, turn: tuple[Trained, ...]) -> int:
@@ -129,6 +131,10 @@ class Step:
         if name == "state":
             return plan.weight_dtype if plan.state_dtype == "same" else "fp32"
         return {"weight": plan.weight_dtype, "compute": plan.compute_dtype}.get(name, name)
+
+    def gradient_bytes(self, tensor: Tensor) -> int:
+        """Of a trainable tensor's gradient: in the compute dtype where it holds integers."""
+        return tensor.numel * self.itemsize("compute" if tensor.dtype in INTEGERS else tensor.dtype)
 
     def nbytes(self, tensor: Tensor) -> int:
         return tensor.numel * self.itemsize(tensor.dtype)

@@ -36,7 +36,7 @@ class Trained:
     def quantised(self) -> tuple[Tensor, ...]:
         """The declared states that are kept in 8 bits."""
         stored = {tensor.name for tensor in self.state if tensor.dtype == "uint8"}
-        return tuple(tensor for tensor in self.plain if tensor.name in stored)
+        return tuple(one for one in self.plain if one.dtype == "state" and one.name in stored)
 
 
 def trained(

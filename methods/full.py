@@ -81,7 +81,8 @@ def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, t
     shape = matrix.shape
     denominator = Tensor("denominator", shape, "weight", "workspace")
     chunk = (min(matrix.numel, _CHUNK),)
-    names = ("exp_avg", "exp_avg_sq", "gradient", "denominator", "step")
+    names = ("exp_avg", "exp_avg_sq", "denominator", "step")
+    wide = (Tensor(f"{name}_fp32", chunk, "fp32", "workspace") for name in names)
     return {
         "update": (
             Tensor("weight_fp32", shape, "fp32", "workspace"),
@@ -90,7 +91,7 @@ def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, t
         ),
         "foreach": (denominator,),
         "loop": (denominator, Tensor("step", shape, "weight", "workspace")),
-        "8bit": tuple(Tensor(f"{name}_fp32", chunk, "fp32", "workspace") for name in names),
+        "8bit": (Tensor("gradient_fp32", chunk, "upcast", "workspace"), *wide),
     }
 
 

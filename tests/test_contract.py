@@ -20,6 +20,7 @@ from effprof.step import work_out
 from effprof.tape import peak
 from effprof.trainer import probe_child as probe
 from effprof.trainer.build import build
+from effprof.trainer.layer import DTYPES
 from effprof.trainer.step import backward, forward_loss
 
 NAMES = registry.names()
@@ -141,6 +142,10 @@ def test_products_equal_the_flop_counter(
         with pytest.raises(UsageError, match="no effect"):
             small(configs[model], method, **changes)
         return
+    if hasattr(registry.method(method).update, "NOT_FREEZE_REST") and "freeze_rest" in changes:
+        with pytest.raises(UsageError, match="freeze-rest"):
+            small(configs[model], method, **changes)
+        return
     plan = small(configs[model], method, attention="math", micro_batch=3, **changes)
     model, optimizer = build(plan)
     batch = probe.random_batch(plan, CPU)
@@ -223,15 +228,15 @@ def _exercise(chosen: registry.Method, half: Any, matrix: Matrix, settings: Any)
     if chosen.layer is None:
         groups.append(_group(half, dataclasses.replace(matrix, kind="head"), {}, settings))
     for group in groups:
-        for update in (0, 30, half.due(settings, 2) if hasattr(half, "due") else 0):
-            half.update(group, Clock(update=update, total_updates=99, lr=0.1), settings)
+        for group.age in (0, 30, registry.due(half, settings, 2) or 0):
+            half.update(group, Clock(update=group.age, total_updates=99, lr=0.1), settings)
 
 
 def _group(half: Any, matrix: Matrix, tensors: dict[str, Any], settings: Any) -> Group:
     tensors = dict(tensors) or {"weight": torch.randn(matrix.shape)}
-    gradients = {name: torch.randn_like(one) for name, one in tensors.items()}
+    gradients = {name: torch.randn(one.shape) for name, one in tensors.items()}
     state = {
-        one.name: torch.zeros(one.shape, dtype=torch.int32 if one.dtype == "int32" else None)
+        one.name: torch.zeros(one.shape, dtype=DTYPES.get(one.dtype, torch.float32))
         for one in half.state(matrix, settings)
     }
     return Group(matrix, tensors, gradients, state)

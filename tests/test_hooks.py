@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from effprof import registry
 from effprof.errors import UsageError
 from effprof.estimator.memory import synthesize
+from effprof.model import Matrix
+from effprof.registry import Clock, Group
 from effprof.step import work_out
 from effprof.tape import Tape, peak
 from effprof.trainer import probe_child as probe
@@ -231,8 +233,8 @@ def test_an_update_runs_under_fake_tensors(method: str) -> None:
     """No value read on the host, no shape that depends on data; also where something is due."""
     half = registry.method(method).update
     if getattr(half, "JOINT", False):
-        return  # driven by two factors: test_loro_runs_under_fake_tensors
-    rank = {"rank": 4} if "rank" in registry.setting_fields(half) else {}
+        return  # driven by a layer's tensors: test_joint_updates_run_under_fake_tensors
+    rank: dict[str, Any] = {"rank": 4} if "rank" in registry.setting_fields(half) else {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         weight = torch.empty(40, 24)
         driver = Driver(method, weight, **rank)
@@ -242,13 +244,22 @@ def test_an_update_runs_under_fake_tensors(method: str) -> None:
     assert driver.clock.update > 1
 
 
-def test_loro_runs_under_fake_tensors() -> None:
+def test_joint_updates_run_under_fake_tensors() -> None:
     from test_oracle_recorded import _Loro
+    from test_oracle_updates import _zeros
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         loro = _Loro((40, 24))
         loro.clock.update = 19
         loro.step(torch.empty(40, 24))
+        half: Any = registry.method("q-galore").update
+        settings = half.Settings(rank=4, lazy=False)  # lazily, a new basis reads one number
+        matrix = Matrix("w", 40, 24, "q")
+        shapes = {one.name: _zeros(one) for one in half.weights(matrix, settings)}
+        state = {one.name: _zeros(one) for one in half.state(matrix, settings)}
+        for age in (0, 1, 200):
+            group = Group(matrix, shapes, {"packed": torch.empty(40, 24)}, state, age)
+            half.update(group, Clock(lr=0.1), settings)
 
 
 STEP = ("update", "refresh", "restart")

@@ -14,6 +14,11 @@ from driver import SHAPES, Driver, difference, gradients, reference_run, start
 from effprof.methods import apollo
 from torch import Tensor, nn
 
+from effprof import registry
+from effprof.model import Matrix
+from effprof.registry import Clock, Group
+from effprof.trainer.layer import DTYPES
+
 TOLERANCE = 1e-5
 LR = 0.01
 
@@ -273,3 +278,89 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 32), (32, 48)], ids=str)
+def test_q_galore(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Integers rounded to nearest, three SVDs, 4-bit projectors, on the release's own optimizer."""
+    from q_galore_torch import QGaLoreAdamW8bit, q_galore_adamw8bit
+
+    current = q_galore_adamw8bit.F.optimizer_update_32bit
+
+    def older(*given: Any, **options: Any) -> None:
+        """bitsandbytes' function by the places it had when the release was written."""
+        *moments, weight_decay, gnorm_scale, _ = given
+        current(*moments, weight_decay=weight_decay, gnorm_scale=gnorm_scale)
+
+    monkeypatch.setattr(q_galore_adamw8bit.F, "optimizer_update_32bit", older)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    half: Any = registry.method("q-galore").update
+    settings = half.Settings(rank=8, refresh=20, rounding="nearest", weight_decay=0.01)
+    matrix = Matrix("w", *size, "q")
+    made = half.init(matrix, settings, 0, start(size))
+    parameter: Any = nn.Parameter(made["packed"].clone(), requires_grad=False)
+    groups = made["scale"].clone()[:, None], made["zero"].clone().float()[:, None]
+    parameter.scales, parameter.zeros = groups
+    parameter.group_size, parameter.stochastic_round = 256, False
+    options = {"rank": 8, "update_proj_gap": 20, "scale": 0.25, "proj_type": "std", "quant": True}
+    options |= {"quant_group_size": 256, "quant_n_bit": 4, "cos_threshold": 0.4}
+    options |= {"gamma_proj": 2, "queue_size": 5}
+    theirs = QGaLoreAdamW8bit([{"params": [parameter], **options}], lr=0.2, weight_decay=0.01)
+    # It passes bitsandbytes' options by place, and later releases have one less: as it meant them.
+    config, meant = theirs.get_config, {"percentile_clipping": 100, "block_wise": True}
+    meant |= {"max_unorm": 0.0, "skip_zeros": False}
+    monkeypatch.setattr(theirs, "get_config", lambda *place: {**config(*place), **meant})
+    state = {one.name: _zeros(one) for one in half.state(matrix, settings)}
+    group, clock = Group(matrix, made, {}, state), Clock(lr=0.2)
+    for gradient in gradients(size):
+        parameter.float_grad = gradient.clone()
+        theirs.step()
+        group.gradients = {"packed": gradient}
+        half.update(group, clock, settings)
+        group.age += 1
+        clock.update += 1
+    flat = parameter.data.view(-1, 256).float()
+    expected = ((flat - parameter.zeros) * parameter.scales).view(size)
+    ours = half.dense(group.tensors, settings)
+    # A number on the edge between two integers may fall on either side: one step of 255 there.
+    assert difference(ours, expected, start(size)) < 5e-3
+    assert ((ours - expected).abs() < 1e-4).float().mean() > 0.99
+
+
+def _zeros(declared: Any) -> Tensor:
+    return torch.zeros(declared.shape, dtype=DTYPES.get(declared.dtype, torch.float32))
+
+
+def test_q_galores_integers_lose_nothing_on_average() -> None:
+    """Stochastic rounding: the mean over many seeds is the number itself."""
+    from effprof.methods import _integers
+
+    values = torch.linspace(-1, 1, 256)
+    total = torch.zeros(256)
+    for seed in range(400):
+        packed, scale = torch.empty(256, dtype=torch.uint8), torch.empty(1)
+        zero = torch.empty(1, dtype=torch.uint8)
+        _integers.quantise(values.clone(), packed, scale, zero, seed=seed)
+        total += _integers.dequantised(packed, scale, zero, torch.float32)
+    step = float(scale)
+    inside = slice(2, -2)  # the ends may lie beyond the last integer, and are clipped
+    assert (total / 400 - values)[inside].abs().max() < 0.15 * step
+
+
+def test_q_galore_makes_svds_rarer_where_bases_hardly_turn() -> None:
+    """Six like bases: five likenesses are known, and the next SVD comes after twice the time."""
+    half: Any = registry.method("q-galore").update
+    settings = half.Settings(rank=4, refresh=2)
+    matrix = Matrix("w", 32, 32, "q")
+    made = half.init(matrix, settings, 0, start((32, 32)))
+    state = {one.name: _zeros(one) for one in half.state(matrix, settings)}
+    group, seen = Group(matrix, made, {}, state), []
+    gradient = next(gradients((32, 32)))
+    for _ in range(14):
+        group.gradients = {"packed": gradient}
+        half.update(group, Clock(lr=0.01), settings)
+        group.age += 1
+        seen.append(group.memory.get("gap", 2))
+    assert seen[:10] == [2] * 10
+    assert seen[10:12] == [4, 4]
+    assert group.memory["queue"][-1] > 0.9

@@ -143,9 +143,13 @@ def test_layer_is_its_dense_matrix(method: str, shape: tuple[int, int]) -> None:
     tensors = {n: torch.randn_like(v) if v.is_floating_point() else v for n, v in made.items()}
     trainable = {one.name for one in half.weights(matrix, settings) if one.trainable}
     x, gradient = torch.randn(10, shape[1]), torch.randn(10, shape[0])
-    out, saved = half.forward(x.clone(), tensors, settings)
-    d_x, d_tensors = half.backward(gradient, x, saved, tensors, settings)
-
+    if method == "q-galore":  # the integers' gradient is that of the matrix they stand for
+        made, tensors, trainable = made, {"packed": half.dense(made, settings)}, {"packed"}
+        out, saved = half.forward(x.clone(), made, settings)
+        d_x, d_tensors = half.backward(gradient, x, saved, made, settings)
+    else:
+        out, saved = half.forward(x.clone(), tensors, settings)
+        d_x, d_tensors = half.backward(gradient, x, saved, tensors, settings)
     leaves = {n: v.clone().requires_grad_() for n, v in tensors.items() if n in trainable}
     x_leaf = x.clone().requires_grad_()
     expected = _plainly(method, x_leaf, {**tensors, **leaves}, settings)
@@ -161,6 +165,8 @@ def _plainly(method: str, x: Tensor, tensors: dict[str, Tensor], settings: Any) 
     """The layer as its paper writes it, for autograd to differentiate."""
     if method == "cola":
         return nn.functional.silu(x @ tensors["A"].t()) @ tensors["B"].t()
+    if method == "q-galore":
+        return x @ tensors["packed"].t()
     if method == "golore":
         basis, factor = tensors["projector"], tensors["factor"]
         tall = tensors["weight"].shape[0] >= tensors["weight"].shape[1]

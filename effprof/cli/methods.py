@@ -49,14 +49,13 @@ def held_shares(names: list[str]) -> dict[str, float]:
         step = work_out(Plan(model=REFERENCE, method=name))
         kept = sum(step.resident().values())
         gradients = [
-            sum(map(step.nbytes, one.tensors))
+            sum(map(step.gradient_bytes, one.tensors))
             for unit, times in step.units()
             for one in unit.trained * times
         ]
         if step.turns:
-            turns = [
-                sum(step.nbytes(t) for one in turn for t in one.tensors) for turn in step.turns
-            ]
+            sizes = step.gradient_bytes
+            turns = [sum(sizes(t) for one in turn for t in one.tensors) for turn in step.turns]
             return kept + max(turns)
         return kept + (max(gradients) if step.plan.per_layer_update else sum(gradients))
 

@@ -15,7 +15,7 @@ from effprof.estimator.attention import attend
 from effprof.estimator.autograd import Graph, Leaf, Value
 from effprof.model import Architecture, Matrix
 from effprof.plan import Plan
-from effprof.registry import Tensor
+from effprof.registry import INTEGERS, Tensor
 from effprof.step import Step, Unit, model_buffers
 
 Weights = Mapping[str, Value]
@@ -185,12 +185,7 @@ class Decoder:
         """The layer host: one autograd function whose allocations the method declares."""
         graph, step = self.graph, self.step
         x = ops.to(graph, x, self.compute, "input_cast")
-        tensors = [
-            ops.to(graph, weights[tensor.name], self.compute, f"{tensor.name}_cast")
-            if tensor.role == "weights"
-            else weights[tensor.name]
-            for tensor in unit.tensors
-        ]
+        tensors = [self._operand(weights[tensor.name], tensor) for tensor in unit.tensors]
         held = self._declared(unit, "forward")
         extra = [
             graph.allocate(tensor.numel, step.itemsize(tensor.dtype), tensor.name)
@@ -218,6 +213,16 @@ class Decoder:
 
         kept = (x, *extra, *tensors) if unit.saved.input else (*extra, *tensors)
         return graph.attach(out, unit.matrix.kind, (x, *tensors), kept, rule)
+
+    def _operand(self, weight: Value, tensor: Tensor) -> Value:
+        """A tensor of a layer as its function gets it: autocast's copy, or integers as they are."""
+        if tensor.role != "weights":
+            return weight
+        if tensor.dtype not in INTEGERS:
+            return ops.to(self.graph, weight, self.compute, f"{tensor.name}_cast")
+        seen = Value(weight.storage, weight.numel, self.compute)  # its gradient's size
+        seen.needs_grad, seen.node = weight.needs_grad, weight.node
+        return seen
 
     def _declared(self, unit: Unit, phase: str) -> list[Value]:
         return [

@@ -83,7 +83,7 @@ def optimizer(
     lr: float,
     rank: int | None = None,
     skip: Sequence[str] | None = None,
-    state_dtype: str = "same",
+    state_dtype: str | None = None,
     per_layer_update: bool = False,
     implementation: str | None = None,
     total_updates: int = 0,
@@ -101,6 +101,7 @@ def optimizer(
     """
     swapped = [module for module in model.modules() if isinstance(module, MethodLinear)]
     own = resolve_for(model, swapped, method, rank, skip, settings)
+    state_dtype = state_dtype or str(getattr(own.halves.update, "STATE_DTYPE", "same"))
     if per_layer_update or own.halves.fused_backward:
         _refuse(own, "NOT_PER_LAYER", "per_layer_update")
     for name, value, known in (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -47,12 +47,24 @@ class MethodLinear(nn.Module):
             own = dtype if declared.dtype == "weight" else DTYPES[declared.dtype]
             empty = torch.empty(declared.shape, dtype=own, device="meta")
             if declared.role == "weights":
-                self.register_parameter(
-                    declared.name, nn.Parameter(empty, requires_grad=declared.trainable)
-                )
+                wanted = declared.trainable and own.is_floating_point
+                self.register_parameter(declared.name, nn.Parameter(empty, requires_grad=wanted))
             else:
                 self.register_buffer(declared.name, empty)
         self.bias = bias
+        self.weight_dtype = dtype
+        # Of trained integers, which autograd gives none: in the compute dtype, and who hears of it.
+        self.gradients: dict[str, Tensor] = {}
+        self.on_gradient: Callable[[str], None] | None = None
+
+    def receive(self, name: str, gradient: Tensor) -> None:
+        """Take the gradient of a tensor of integers."""
+        if name in self.gradients:
+            self.gradients[name].add_(gradient)
+        else:
+            self.gradients[name] = gradient
+        if self.on_gradient is not None:
+            self.on_gradient(name)
 
     @torch.no_grad()
     def initialise(self, seed: int, dense: Tensor | None = None) -> None:
@@ -116,4 +128,6 @@ class _MethodFunction(torch.autograd.Function):
         saved, tensors = rest[: ctx.num_saved], rest[ctx.num_saved :]
         named: Mapping[str, Tensor] = dict(zip(layer.names, tensors, strict=True))
         d_x, d_tensors = layer.layer_half.backward(gradients[0], x, saved, named, layer.settings)
+        for name in [name for name in d_tensors if not named[name].is_floating_point()]:
+            layer.receive(name, d_tensors.pop(name))
         return None, d_x, *(d_tensors.get(name) for name in layer.names)

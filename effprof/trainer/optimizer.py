@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,9 +81,10 @@ class MethodOptimizer(torch.optim.Optimizer):
         inside = {id(group) for layer in self._layers for group in layer.groups.values()}
         self._rest = [cell.group for cell in self._distinct if id(cell.group) not in inside]
         self._sow()
+        self._integers = self._find_integers(layers)
         self._torch = self._host(lr)
         if recipe.per_layer_update:
-            for parameter in self._cells:
+            for parameter in (p for p in self._cells if p.requires_grad):
                 parameter.register_post_accumulate_grad_hook(self._update_in_backward)  # type: ignore[no-untyped-call]
         self._activate()
 
@@ -95,6 +97,36 @@ class MethodOptimizer(torch.optim.Optimizer):
             if isinstance(tensor, nn.Parameter) and tensor in self._cells
         }
         return Layer(module.matrix, tensors, groups, 0)
+
+    def _find_integers(
+        self, layers: Sequence[MethodLinear]
+    ) -> dict[nn.Parameter, tuple[MethodLinear, str]]:
+        """Trained integers, whose gradients their layer holds; their groups see all of it."""
+        found = {}
+        for module, layer in zip(layers, self._layers, strict=True):
+            for name, tensor in layer.tensors.items():
+                if tensor in self._cells and not tensor.is_floating_point():
+                    assert isinstance(tensor, nn.Parameter)
+                    found[tensor] = (module, name)
+                    self._cells[tensor].group.tensors = layer.tensors
+            if self.recipe.per_layer_update and any(module is one for one, _ in found.values()):
+                module.on_gradient = functools.partial(self._integer_in_backward, module)
+        return found
+
+    def _gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        if parameter in self._integers:
+            module, name = self._integers[parameter]
+            return module.gradients.get(name)
+        return parameter.grad
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Free every gradient, or fill it with zeros."""
+        super().zero_grad(set_to_none)
+        for module, name in self._integers.values():
+            if set_to_none:
+                module.gradients.pop(name, None)
+            elif name in module.gradients:
+                module.gradients[name].zero_()
 
     def _sow(self) -> None:
         """Give every group and layer its own seed, from the run's."""
@@ -202,18 +234,24 @@ class MethodOptimizer(torch.optim.Optimizer):
                 if isinstance(tensor, nn.Parameter):
                     _differentiate(tensor, wanted=name in names)
 
+    def _integer_in_backward(self, module: MethodLinear, name: str) -> None:
+        self._update_in_backward(module.get_parameter(name))
+
     @torch.no_grad()
     def _update_in_backward(self, parameter: Tensor) -> None:
         """A post-accumulate hook: update what is complete and free its gradients."""
         assert isinstance(parameter, nn.Parameter)
         cell = self._cells[parameter]
-        if any(one.grad is None for one in cell.parameters):
+        if any(self._gradient(one) is None for one in cell.parameters):
             return
         if cell.trained.hosted:
             self._step_torch(parameter)
         else:
             self._update(cell)
         for one in cell.parameters:
+            if one in self._integers:
+                held, name = self._integers[one]
+                del held.gradients[name]
             one.grad = None
 
     def _step_torch(self, parameter: nn.Parameter | None) -> None:
@@ -228,7 +266,7 @@ class MethodOptimizer(torch.optim.Optimizer):
 
     def _update(self, cell: Cell) -> None:
         """One update by the half's own function, where every gradient is there."""
-        gradients = [parameter.grad for parameter in cell.parameters]
+        gradients = [self._gradient(parameter) for parameter in cell.parameters]
         if any(gradient is None for gradient in gradients):
             return
         group, trained = cell.group, cell.trained
@@ -238,7 +276,8 @@ class MethodOptimizer(torch.optim.Optimizer):
         half, settings = self.recipe.half(covered=trained.covered)
         own = next(g for g in self.param_groups if not g["hosted"])
         self.clock.lr = float(own["lr"]) * self.lr_factor()
-        group.gradients = dict(zip(group.tensors, gradients, strict=True))  # type: ignore[arg-type]
+        names = ["weight"] if len(group.tensors) == 1 else [t.name for t in trained.tensors]
+        group.gradients = dict(zip(names, gradients, strict=True))  # type: ignore[arg-type]
         with self._readable(cell, half):
             half.update(group, self.clock, settings)
         group.gradients = {}
@@ -267,14 +306,19 @@ class MethodOptimizer(torch.optim.Optimizer):
             dtype = torch.float32
         elif name in ("weight", "compute", "state"):
             wide = name == "state" and self.recipe.state_dtype != "same"
-            dtype = torch.float32 if wide else parameter.dtype
+            own = parameter.dtype
+            if not own.is_floating_point:
+                own = self._integers[cast("nn.Parameter", parameter)][0].weight_dtype
+            dtype = torch.float32 if wide else own
         else:
             dtype = DTYPES[name]
         return torch.zeros(declared.shape, dtype=dtype, device=parameter.device)
 
     def state_dict(self) -> dict[str, Any]:
         ages = [cell.group.age for cell in self._distinct]
-        return {**super().state_dict(), "clock": asdict(self.clock), "ages": ages}
+        memories = [dict(cell.group.memory) for cell in self._distinct]
+        own = {"clock": asdict(self.clock), "ages": ages, "memories": memories}
+        return {**super().state_dict(), **own}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -295,6 +339,8 @@ class MethodOptimizer(torch.optim.Optimizer):
         self.clock = Clock(**state_dict["clock"])
         for cell, age in zip(self._distinct, state_dict["ages"], strict=True):
             cell.group.age = age
+        for cell, memory in zip(self._distinct, state_dict["memories"], strict=True):
+            cell.group.memory = dict(memory)
         self._sow()
         self._link_states()
         self._link_torch(self._torch)
@@ -313,6 +359,7 @@ def _exists(declared: Declared, parameter: Tensor) -> bool:
 
 def _differentiate(parameter: nn.Parameter, *, wanted: bool) -> None:
     """Whether a parameter has a gradient in the coming update; an old one is freed."""
-    parameter.requires_grad_(wanted)
+    if parameter.is_floating_point():
+        parameter.requires_grad_(wanted)
     if not wanted:
         parameter.grad = None

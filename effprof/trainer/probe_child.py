@@ -26,6 +26,7 @@ from effprof.measure.recorder import CpuRecorder, pointers
 from effprof.plan import Plan, from_dict
 from effprof.trainer.build import build, resolve_device
 from effprof.trainer.data import Batch, make_batch
+from effprof.trainer.layer import MethodLinear
 from effprof.trainer.optimizer import MethodOptimizer
 from effprof.trainer.step import training_step
 
@@ -236,7 +237,11 @@ def _timed(
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for path, module in model.named_modules():
+        if isinstance(module, MethodLinear):
+            found |= {f"{path}.{name}": one for name, one in module.gradients.items()}
+    return found
 
 
 def state_tensors(optimizer: MethodOptimizer) -> dict[str, Tensor]:
