@@ -179,6 +179,16 @@ class Plan:
     def _resolve_implementation(self, chosen: Method) -> None:
         """Which of torch's AdamW runs: for the method, or for what it does not cover."""
         known = registry.rest().IMPLEMENTATIONS
+        half = chosen.update
+        takes_all = self.freeze_rest or {"embedding", "head", "norm"} <= set(half.COVERS)
+        if takes_all and not hasattr(half, "TORCH_OPTIMIZER"):
+            if self.optimizer_impl not in ("", "loop"):
+                raise UsageError(
+                    f"--optimizer-impl {self.optimizer_impl} has no effect: nothing is left to "
+                    f"AdamW.",
+                    "Leave --optimizer-impl out.",
+                )
+            self._set("optimizer_impl", "loop")
         if not self.optimizer_impl:
             # Moments of another dtype than the weights' are updated by a loop of our own.
             self._set("optimizer_impl", known[0] if self.state_dtype == "same" else "loop")
@@ -316,8 +326,8 @@ class Plan:
         A first, a steady one, and one for each half's periodic event.
         """
         layers = self.architecture.layers
-        numbers = [due(half, settings, layers) for half, settings in self.recipe.hooked()]
-        periodic = [("periodic", number) for number in numbers if number is not None]
+        found = [due(half, settings, layers) for half, settings in self.recipe.hooked()]
+        periodic = [("periodic", number) for numbers in found for number in numbers]
         return (("first", 0), ("steady", 1), *dict.fromkeys(periodic))
 
     @property

@@ -75,13 +75,19 @@ def resolve(
             f"--update {update} has no effect: {chosen.name} has no layer half.",
             f"Use --method {chosen.update_name}.",
         )
-    if chosen.layer is not None and not chosen.one_file:
+    own_update = getattr(chosen.layer, "UPDATE", chosen.layer)
+    if chosen.layer is not None and chosen.update is not own_update:
         reason = getattr(chosen.layer, "ONLY_OWN_UPDATE", None)
         if reason:
             raise UsageError(
                 f"--update {update} does not go with {chosen.name}: {reason}.",
                 "Leave --update out.",
             )
+    if chosen.layer is not None and hasattr(chosen.update, "NO_LAYER_HALF"):
+        raise UsageError(
+            f"--update {update} goes on no layer half: {chosen.update.NO_LAYER_HALF}.",
+            f"Use --method {update}, or another --update.",
+        )
     given, given_update = dict(settings), dict(update_settings)
     if rank is not None:
         _check_rank(chosen, rank, given)

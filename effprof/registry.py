@@ -87,7 +87,8 @@ class Flops:
 class Facts:
     """Where a method comes from and where this implementation deviates.
 
-    ``defaults`` holds published settings by model size; ``lr`` published learning rates by size.
+    ``defaults`` holds published settings by model size; ``lr`` learning rates by size, published or
+    a starting point.
     ``convention`` names the rule of published memory tables (bf16, weights + optimizer, decimal GB)
     or is empty where there is none.
     """
@@ -205,6 +206,7 @@ class LayerHalf(Protocol):
     # edit(settings) -> fields of the Architecture that the method changes
     # PAPER_NUMBERS, PAPER_LEAVES_OUT_REST: published tables that count otherwise than what is kept
     # STATE_DTYPE: the plan's default, where it is not ``same``
+    # NO_LAYER_HALF: why an update half goes on no layer half
     # ONLY_OWN_UPDATE: why no other update half goes with the layers
     # NOT_PER_LAYER, NOT_8BIT, NOT_FREEZE_REST: why the method does not go with that flag
     # STARTS_DENSE: the host passes the model's own initial matrix to ``init``
@@ -342,12 +344,13 @@ def phases(half: Any, settings: Any, update: int) -> tuple[str, ...]:
     return ("update",)
 
 
-def due(half: Any, settings: Any, layers: int) -> int | None:
-    """The number of an update, after the first two, in which the half's periodic event happens.
+def due(half: Any, settings: Any, layers: int) -> tuple[int, ...]:
+    """The numbers of updates, after the first two, in which the half's periodic events happen.
 
-    None where it has none. ``layers`` is how many decoder layers the model has.
+    ``layers`` is how many decoder layers the model has.
     """
     if hasattr(half, "due"):
-        return cast("int", half.due(settings, layers))
+        found = half.due(settings, layers)
+        return found if isinstance(found, tuple) else (found,)
     periods = getattr(half, "PERIODS", ())
-    return math.lcm(*(getattr(settings, name) for name in periods)) if periods else None
+    return (math.lcm(*(getattr(settings, name) for name in periods)),) if periods else ()

@@ -11,6 +11,7 @@ from effprof.model import Matrix
 from effprof.recipe import Recipe
 from effprof.registry import ABSMAX, QUANTISED_BLOCK, QUANTISED_FROM, Tensor
 
+_STEPS = ("update", "refresh", "clip")  # phases of an update half
 _KINDS = ("linear", "embedding", "head", "norm", "bias")
 
 
@@ -56,7 +57,7 @@ def trained(
     if not taken:
         return ()
     if targeted and recipe.halves.joint:
-        _check_factors(recipe, taken)
+        _check_factors(recipe, tensors)
         return (_one(recipe, matrix, taken, tokens, covered=True, on_cpu=on_cpu),)
     found = []
     for tensor in taken:
@@ -69,9 +70,12 @@ def trained(
     return tuple(found)
 
 
-def _check_factors(recipe: Recipe, taken: tuple[Tensor, ...]) -> None:
-    """Raise UsageError unless a joint update half knows exactly these tensors."""
-    method, names = recipe.halves, tuple(tensor.name for tensor in taken)
+def _check_factors(recipe: Recipe, tensors: tuple[Tensor, ...]) -> None:
+    """Raise UsageError unless a joint update half knows exactly these tensors of a layer."""
+    method = recipe.halves
+    if method.one_file:
+        return
+    names = tuple(tensor.name for tensor in tensors)
     known: tuple[str, ...] = getattr(method.update, "FACTORS", ())
     if names != known:
         raise UsageError(
@@ -79,13 +83,12 @@ def _check_factors(recipe: Recipe, taken: tuple[Tensor, ...]) -> None:
             f"{method.name} has {', '.join(names)}.",
             "Use --method lowrank, or another --update.",
         )
-    if method.layer is not None and not method.one_file:
-        ranks = recipe.layer_settings.rank, recipe.optimizer_settings.rank
-        if ranks[0] != ranks[1]:
-            raise UsageError(
-                f"--set update.rank={ranks[1]} is not the layer's rank {ranks[0]}.",
-                "Leave update.rank out.",
-            )
+    ranks = recipe.layer_settings.rank, recipe.optimizer_settings.rank
+    if ranks[0] != ranks[1]:
+        raise UsageError(
+            f"--set update.rank={ranks[1]} is not the layer's rank {ranks[0]}.",
+            "Leave update.rank out.",
+        )
 
 
 def _own_matrix(matrix: Matrix, tensor: Tensor) -> Matrix:
@@ -128,7 +131,7 @@ def _one(
                 for one in plain
                 if one.dtype == "state" and one.numel >= QUANTISED_FROM
             )
-            stages = {name for name in transient if name.partition(":")[0] in ("update", "refresh")}
+            stages = {name for name in transient if name.partition(":")[0] in _STEPS}
             for stage in sorted(stages | {"update"}):
                 transient[stage] = (*whole, *transient.get(stage, ()))
     return Trained(tensors, matrix, covered, hosted, state, plain, transient)

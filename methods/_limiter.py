@@ -16,7 +16,8 @@ def limited(
     """``scaling`` with which ``x × scaling`` has at most ``limit`` times its last norm.
 
     ``x`` is rows × columns, ``scaling`` one number per row, per column or for all. The norm is
-    taken without forming the product. The first update sets it. Chen et al., arXiv 2410.01623,
+    taken without forming the product. The first update sets it; an all-zero one, after which the
+    release would hold every later step near zero, leaves it. Chen et al., arXiv 2410.01623,
     equation 11.
     """
     import torch
@@ -27,8 +28,8 @@ def limited(
     parts = torch.linalg.vector_norm(x, dim=along, keepdim=True, dtype=torch.float32)
     norm = torch.linalg.vector_norm(parts * scaling)
     last = group.state[name]
-    if group.age:
-        excess = (norm / (last + 1e-8)).clamp_(min=limit) / limit
-        norm, scaling = norm / excess, scaling / excess
-    last.copy_(norm)
-    return scaling
+    excess = (norm / (last + 1e-8)).clamp_(min=limit) / limit
+    excess = torch.where(last > 0, excess, torch.ones_like(excess))
+    norm = norm / excess
+    last.copy_(torch.where(norm > 0, norm, last))
+    return scaling / excess

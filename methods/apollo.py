@@ -31,6 +31,8 @@ FACTS = Facts(
         "Scaling is per channel; the benchmark's code defaults to one factor per tensor (--set "
         "scale_type=tensor).",
         "scale is 1 as in the released scripts; the paper says 1/2 at 1b.",
+        "A zero gradient leaves the limiter as it is; in the release it holds every later step "
+        "near zero.",
         "eps is 1e-8; the release uses 1e-6 (--set eps=1e-6).",
     ),
     defaults={
@@ -127,7 +129,7 @@ def drawn(group: Group, shape: tuple[int, int], settings: Any, like: TorchTensor
     """The projection of this refresh: normal with variance 1 / rank, from the group's own seed."""
     import torch
 
-    seed = group.seed * 1_000_003 + group.age // settings.refresh
+    seed = (group.seed * 1_000_003 + group.age // settings.refresh) % 2**63
     generator = torch.Generator(like.device).manual_seed(seed)
     normal = torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
     return normal.mul_(settings.rank**-0.5)

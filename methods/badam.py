@@ -32,6 +32,7 @@ FACTS = Facts(
 )
 COVERS = ("linear", "embedding", "head", "norm", "bias")
 ACTIVE_STATE = True
+NO_LAYER_HALF = "it takes turns over a model's own blocks and keeps copies of their weights"
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,16 @@ def turns(matrices: Sequence[Matrix], settings: Settings) -> range:
     return range(0, len(set(_blocks(matrices))) * settings.switch_every, settings.switch_every)
 
 
-def due(settings: Settings, layers: int) -> int:
-    """When the last block's turn is: descending, the one whose backward is the longest.
+def due(settings: Settings, layers: int) -> tuple[int, ...]:
+    """The second updates of two turns: the last block's and the one's beside it.
 
-    The same number serves all blocks (layers + 2) and the decoder's alone.
+    Descending, these are the embedding, whose backward is the longest, and the first decoder layer,
+    whose state is often the largest; the same numbers serve where only decoder layers take turns.
     """
-    return (layers * (layers + 2) - 1) * settings.switch_every
+    last = layers * (layers + 2) - 1 if settings.order == "descending" else 1
+    turns = (last - 1, last) if settings.order == "descending" else (last,)
+    second = 1 if settings.switch_every > 1 else 0
+    return tuple(turn * settings.switch_every + second for turn in turns)
 
 
 def state(matrix: Matrix, settings: Settings) -> tuple[Tensor, ...]:

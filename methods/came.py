@@ -20,11 +20,12 @@ FACTS = Facts(
     equations="Algorithm 2",
     reference="yangluo7/CAME came_pytorch/CAME.py (PyPI came-pytorch 0.1.3)",
     deviations=(
-        "The learning rate is 0.7 times AdamW's starting point: the authors advise 0.5 to 0.9.",
+        "Learning rates are starting points below half of AdamW's: the first steps have no warmup "
+        "of the second moment. The authors advise 0.5 to 0.9 of it, and 2e-4 for pretraining.",
         "Momentum is fp32 as in the release, so with bf16 weights it weighs as much as both of "
         "AdamW's moments.",
     ),
-    lr={"9m": 2e-3, "60m": 1.4e-3, "130m": 7e-4, "350m": 7e-4, "1b": 3.5e-4, "7b": 2e-4},
+    lr={"60m": 5e-4, "130m": 4e-4, "350m": 3e-4, "1b": 2e-4, "7b": 1e-4},
 )
 COVERS = ("linear", "embedding", "head", "norm", "bias")
 

@@ -29,6 +29,8 @@ FACTS = Facts(
     deviations=(
         "The residual is G - P Pᵀ G as in the paper; the release subtracts scale × P Pᵀ G, so a "
         "part of the in-subspace gradient is counted twice (--set residual=code).",
+        "A zero gradient leaves the limiter as it is; in the release it holds every later step "
+        "near zero.",
         "eps is 1e-8; the release uses 1e-6 (--set eps=1e-6).",
         "rank 512 and scale 0.0625 at 1b, scale 0.25 below, are the released scripts'; --set "
         "limit=0 turns the limiter off.",
@@ -131,9 +133,9 @@ def update(group: Group, clock: Clock, settings: Settings) -> None:
     size = clock.lr * _moments.correction(settings.betas, group.age + 1)
     residual, scaling = _residual(gradient, projected, step, projector, settings, right=right)
     scaling = limited(residual, scaling, group, "residual_norm", settings.limit)
-    weight.addcmul_(residual, scaling.mul_(-size).to(weight.dtype))
+    residual.mul_(scaling.to(weight.dtype))
     both = _projection.factors(step.to(weight.dtype), projector, right=right)
-    weight.addmm_(*both, alpha=-size * settings.scale)
+    weight.add_(residual.addmm_(*both, alpha=settings.scale), alpha=-size)  # rounded once
     if settings.weight_decay:
         weight.mul_(1 - clock.lr * settings.weight_decay)
 

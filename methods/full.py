@@ -161,3 +161,4 @@ def _update_quantised(group: Group, clock: Clock, settings: Settings) -> None:
         _adamw(flat[part], flat_gradient[part], first, second, group.age + 1, clock.lr, settings)
         for (name, packed, absmax), value in zip(moments, (first, second), strict=True):
             blockwise.pack(name, value, packed[part], absmax[blocks])
+        del first, second, value

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from effprof.errors import UsageError
 from effprof.model import Matrix
 from effprof.registry import Clock, Facts, Flops, Layer, Saved, Tensor
 
@@ -33,6 +34,7 @@ FACTS = Facts(
         "eps is 1e-8 as AdamW's here; the release uses 1e-6 (--set update.eps=1e-6).",
         "Random bases begin after the fraction random_after (0.8) of the run; without a known "
         "length every basis is the gradient's.",
+        "The learning rate at 1b is effprof's starting point.",
     ),
     defaults={
         "60m": {"rank": 128},
@@ -47,6 +49,7 @@ UPDATE = full
 PERIODS = ("refresh",)
 STARTS_DENSE = True
 NOT_8BIT = "its first moment is carried into each new basis, which 8-bit blocks are not"
+ONLY_OWN_UPDATE = "its first moment is carried into each new basis, which AdamW's rule allows"
 NOT_PER_LAYER = "a refresh needs the full gradient of a matrix before its factor is updated"
 
 
@@ -63,7 +66,11 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("rank", "scale", "refresh"):
             _checks.positive(name, getattr(self, name))
-        _checks.not_negative("random_after", self.random_after)
+        if not 0 <= self.random_after <= 1:
+            raise UsageError(
+                f"random_after is a fraction of the run, not {self.random_after!r}.",
+                "Type --set random_after=0.8.",
+            )
         _checks.one_of("svd", self.svd, _projection.SVD)
 
 
@@ -190,7 +197,10 @@ def before_step(layers: Sequence[Layer], clock: Clock, settings: Settings) -> No
 def _refresh(layer: Layer, clock: Clock, settings: Settings, *, random: bool) -> None:
     weight, basis, factor = (layer.tensors[n] for n in ("weight", "projector", "factor"))
     gradient = weight.grad
-    if gradient is None:
+    if gradient is None:  # an idle expert: any basis, so that it can learn until the next one
+        if not clock.update:
+            drawn = _basis(layer, weight, settings, clock, random=True, right=_right(*weight.shape))
+            basis.copy_(drawn)
         return
     right = _right(*weight.shape)
     left_side, right_side = _sides(layer.tensors)

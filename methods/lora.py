@@ -30,6 +30,7 @@ FACTS = Facts(
         "with keep_original_weights starts both at zero, and then neither ever learns.",
         "No dropout on the input (the release hard-codes 0.1).",
         "Embeddings, head and norms are trained in full, as in the benchmark.",
+        "The learning rate at 1b is effprof's starting point.",
     ),
     defaults={
         "60m": {"rank": 128, "alpha": 32.0},

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from effprof.errors import UsageError
 from effprof.model import Matrix
 from effprof.registry import Clock, Facts, Flops, Group, Tensor
 
@@ -48,7 +49,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         _checks.fraction("momentum", self.momentum)
-        _checks.positive("iterations", self.iterations)
+        if not 0 < self.iterations < 100:
+            raise UsageError(
+                f"iterations must lie between 1 and 99, not {self.iterations}.",
+                "Type --set iterations=5.",
+            )
         _checks.one_of("adjust", self.adjust, ADJUST)
         _checks.not_negative("weight_decay", self.weight_decay)
 

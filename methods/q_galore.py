@@ -133,6 +133,13 @@ def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, t
         "forward": (dense,),
         "backward_input": (dense,),
         "update": (*own, wide, Tensor("noise", matrix.shape, "fp32", "workspace")),
+        "update:product": (
+            *own,
+            wide,
+            Tensor("integers", matrix.shape, "fp32", "workspace"),
+            Tensor("basis_fp32", basis, "upcast", "workspace"),
+            Tensor("step_fp32", projected, "upcast", "workspace"),
+        ),
         "refresh": _projection.leading_transient(matrix, settings.rank, settings.svd),
     }
 
@@ -204,7 +211,9 @@ def update(group: Group, clock: Clock, settings: Settings) -> None:
     weight.addmm_(left_factor, right_factor, alpha=-size)
     if settings.weight_decay:
         weight.mul_(1 - clock.lr * settings.weight_decay)
-    seed = group.seed * 1_000_003 + group.age if settings.rounding == "stochastic" else None
+    seed = (
+        (group.seed * 1_000_003 + group.age) % 2**63 if settings.rounding == "stochastic" else None
+    )
     packed, scale, zero = (group.tensors[name] for name in ("packed", "scale", "zero"))
     _integers.quantise(weight, packed, scale, zero, seed=seed)
 

@@ -33,7 +33,9 @@ FACTS = replace(
         "restart_every is 1000 as in the released 1B configuration (its README says 5000); no warm "
         "start by full-rank updates: train with --method full and apply ReLoRA to the result.",
         "Moments are pruned at random by 99.9 % (the release's reset), or to the largest (--set "
-        "prune=magnitude), or all (prune=all); Adam's step counter goes on, as in the release.",
+        "prune=magnitude), or all (prune=all), the same entries in both: the release prunes each "
+        "by itself, and a first moment without its second makes A explode. Adam's step counter "
+        "goes on, as in the release.",
         "No dropout on the input (the release hard-codes 0.1).",
     ),
 )
@@ -105,12 +107,14 @@ def after_step(
     if clock.update % settings.restart_every:
         return
     for layer in layers:
-        _merge(layer, layer.seed + clock.update, settings)
-        for name, group in layer.groups.items():
-            if settings.prune == "all" and name in ("A", "B"):
+        seed = layer.seed * 1_000_003 + clock.update
+        _merge(layer, seed, settings)
+        for index, name in enumerate(("A", "B"), 1):
+            group = layer.groups[name]
+            if settings.prune == "all":
                 group.reset()
-            elif name in ("A", "B"):
-                _prune(group, layer.seed + clock.update, settings)
+            else:
+                _prune(group, (seed + index * 7919) % 2**63, settings)
     clock.since_restart = 0
 
 
@@ -121,24 +125,32 @@ def _merge(layer: Layer, seed: int, settings: Settings) -> None:
     change = b.float() @ a.float()
     weight.copy_(change.mul_(settings.alpha / settings.rank).add_(weight))
     bound = a.shape[1] ** -0.5
-    generator = torch.Generator(a.device).manual_seed(seed)
+    generator = torch.Generator(a.device).manual_seed(seed % 2**63)
     a.uniform_(-bound, bound, generator=generator)
     b.zero_()
 
 
 def _prune(group: Group, seed: int, settings: Settings) -> None:
-    """Zero the pruned share of each moment: at random, or its smallest entries."""
+    """Zero the pruned share of the moments, the same entries in each: at random, or those whose
+    first moment is smallest.
+
+    A first moment left where its second was zeroed would be divided by eps alone.
+    """
     import torch
 
-    for index, name in enumerate(("exp_avg", "exp_avg_sq")):
-        moment = group.state.get(name)
-        if moment is None:
-            continue
-        if settings.prune == "random":
-            generator = torch.Generator(moment.device).manual_seed(seed + index)
-            chance = torch.rand(moment.shape, generator=generator, device=moment.device)
-            moment.mul_(chance > settings.pruned)
-        else:
-            size = moment.abs().flatten()
-            cut = size.kthvalue(max(int(settings.pruned * size.numel()), 1)).values
-            moment.mul_((size > cut).view(moment.shape))
+    names = ("exp_avg", "momentum_buffer", "exp_avg_sq")
+    moments = [group.state[name] for name in names if name in group.state]
+    if not moments:
+        return
+    first = moments[0]
+    if settings.prune == "random":
+        generator = torch.Generator(first.device).manual_seed(seed)
+        chance = torch.rand(first.shape, generator=generator, device=first.device)
+        kept = chance >= settings.pruned
+    else:
+        size = first.abs().flatten()
+        cut = size.kthvalue(max(int(settings.pruned * size.numel()), 1)).values
+        kept = (size > cut).view(first.shape)
+    for moment in moments:
+        if moment.shape == first.shape:
+            moment.mul_(kept)

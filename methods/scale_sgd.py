@@ -22,6 +22,8 @@ FACTS = Facts(
     deviations=(
         "Gradients are divided by the root mean square of each output row (of each column in the "
         "embedding), as the release; the paper's norm differs by the square root of the length.",
+        "A head tied to the embedding is treated as the embedding, without momentum, as in the "
+        "release.",
         "Norms and biases get AdamW with the same learning rate; the release has one of its own "
         "for them.",
     ),

@@ -35,9 +35,11 @@ FACTS = Facts(
         "does, later ones vary. Indices are kept instead of masks.",
         "Clipping rests in the first 20 updates and in 20 after a reset, as the release; the paper "
         "does not say so (--set skip=0).",
+        "An entry without a history (v = 0: a token not seen since the reset) is not clipped; in "
+        "the release it is clipped to zero, and stays there.",
         "eps is 1e-6 as in the release.",
     ),
-    lr={"60m": 1e-3, "130m": 8e-4, "350m": 4e-4, "1b": 2e-4},
+    lr={"60m": 1e-3, "130m": 8e-4, "350m": 4e-4, "1b": 2e-3},
 )
 COVERS = ("linear", "embedding", "head", "norm", "bias")
 SPARSE_KINDS = ("q", "k", "v", "o", "qkv", "gate", "up", "gate_up", "down", "linear")
@@ -104,6 +106,10 @@ def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, t
     order = Tensor("permutation", (matrix.numel,), "int64", "workspace")
     return {
         "update": (
+            Tensor("step", shape, "state", "workspace"),
+            Tensor("gradient", shape, "recast", "workspace"),
+        ),
+        "clip": (
             Tensor("bound", shape, "state", "workspace"),
             Tensor("clipped", shape, "state", "workspace"),
             Tensor("gradient", shape, "recast", "workspace"),
@@ -113,16 +119,25 @@ def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, t
 
 
 def phases(settings: Settings, update: int) -> tuple[str, ...]:
-    """Entries are drawn at the start of the first update and of those that complete a period."""
+    """Entries are drawn at the start of the first update and of those that complete a period, and
+    gradients are clipped but for a while after the start and each reset.
+    """
     draws = settings.density < 1 and (
         update == 0 or _periods.completes(update, settings.reset_every)
     )
-    return ("refresh", "update") if draws else ("update",)
+    found = ("refresh",) if draws else ()
+    return (*found, "clip", "update") if _clips(update + 1, settings) else (*found, "update")
 
 
-def due(settings: Settings, layers: int) -> int:
-    """The first update with a reset, not counting the first two."""
-    return _periods.first_completing(settings.reset_every)
+def due(settings: Settings, layers: int) -> tuple[int, ...]:
+    """Where entries are drawn again, and where gradients are clipped, after the first two."""
+    drawn = (_periods.first_completing(settings.reset_every),) if settings.density < 1 else ()
+    return (*drawn, max(settings.skip, 2)) if settings.skip < settings.reset_every else drawn
+
+
+def _clips(count: int, settings: Settings) -> bool:
+    """Whether the update of that number, from 1, clips."""
+    return count >= settings.skip and count % settings.reset_every >= settings.skip
 
 
 def lr_factor(clock: Clock, settings: Settings) -> float:
@@ -149,7 +164,7 @@ def update(group: Group, clock: Clock, settings: Settings) -> None:
             _draw(indices, weight.numel(), group.seed + count)
         gradient = gradient.reshape(-1)[indices]
     gradient = gradient.to(first.dtype)
-    if count >= settings.skip and since >= settings.skip:
+    if _clips(count, settings):
         gradient = _clipped(gradient, second, settings.threshold)
     _moments.advance(first, second, gradient, settings.betas)
     del gradient
@@ -164,10 +179,12 @@ def update(group: Group, clock: Clock, settings: Settings) -> None:
 
 
 def _clipped(gradient: TorchTensor, second: TorchTensor, threshold: float) -> TorchTensor:
-    """Entries with g² above threshold × v, brought to that bound with their sign."""
+    """Entries with g² above threshold × v, brought to that bound with their sign; those without a
+    history (v = 0) as they are.
+    """
     import torch
 
-    bound = (second * threshold).sqrt_()
+    bound = (second * threshold).sqrt_().masked_fill_(second == 0, float("inf"))
     low = bound.neg()
     return torch.clamp(gradient, low, bound, out=low)
 

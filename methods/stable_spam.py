@@ -32,7 +32,7 @@ FACTS = Facts(
         "The cosine on beta1 and gamma1 ends with the run; the release has a fixed 20,000 updates "
         "(--set horizon=20000). --set eta=1 turns it off.",
     ),
-    lr={"60m": 1e-3, "130m": 8e-4, "350m": 4e-4, "1b": 2e-4},
+    lr={"130m": 8e-4, "350m": 4e-4},
 )
 COVERS = ("linear", "embedding", "head", "norm", "bias")
 

@@ -137,15 +137,15 @@ def test_only_attention_and_mlp_of_a_language_model_are_taken() -> None:
     assert (kinds["q"], kinds["k"]) == (4, 2)
 
 
-def test_skip_names_what_is_left_alone() -> None:
-    model = effprof.apply(plain_model(), "lora", rank=4, skip=["0"])
+def test_leave_names_what_is_left_alone() -> None:
+    model = effprof.apply(plain_model(), "lora", rank=4, leave=["0"])
     assert [isinstance(model.get_submodule(n), MethodLinear) for n in ("0", "3", "5")] == [
         False,
         True,
         True,
     ]
     with pytest.raises(UsageError, match="no linear layer of this model"):
-        effprof.apply(plain_model(), "lora", rank=4, skip=["nowhere"])
+        effprof.apply(plain_model(), "lora", rank=4, leave=["nowhere"])
 
 
 def test_a_schedulers_rate_and_the_methods_factor_multiply() -> None:
@@ -219,3 +219,92 @@ def test_examples_run(example: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     if example == "hf_trainer":
         assert "updates 60 since the last merge 0" in done.stdout
+
+
+def test_a_layer_used_twice_is_swapped_in_both_places() -> None:
+    torch.manual_seed(0)
+    shared = nn.Linear(24, 24)
+    model = nn.Sequential(shared, nn.Tanh(), shared, nn.Linear(24, 5))
+    x = torch.randn(4, 24)
+    before = model(x).detach()
+    effprof.apply(model, "lora", rank=4)
+    assert model[0] is model[2]
+    torch.testing.assert_close(model(x).detach(), before)
+
+
+def test_tied_weights_are_refused() -> None:
+    model = plain_model()
+    other = nn.Linear(24, 40)
+    other.weight = model[0].weight  # type: ignore[assignment]
+    with pytest.raises(UsageError, match="shares its weight"):
+        effprof.apply(nn.Sequential(model, other, nn.Linear(40, 2)), "lora", rank=4)
+
+
+def test_a_copied_model_works_and_an_optimizer_is_not_copied() -> None:
+    import copy
+
+    model = effprof.apply(plain_model(), "sltrain", rank=4)
+    other = copy.deepcopy(model)
+    x = torch.randn(4, 24)
+    torch.testing.assert_close(other(x), model(x))
+    with pytest.raises(UsageError, match="cannot be copied"):
+        copy.deepcopy(effprof.optimizer(model, "sltrain", lr=1e-3))
+
+
+def test_what_the_user_froze_stays_frozen() -> None:
+    model = plain_model()
+    model[0].weight.requires_grad_(False)
+    effprof.apply(model, "lowrank", rank=4)
+    assert isinstance(model[0], nn.Linear)
+    optimizer = effprof.optimizer(model, "lowrank", lr=1e-2)
+    model[5].weight.requires_grad_(False)
+    before = [model[i].weight.detach().clone() for i in (0, 5)]
+    fit(model, optimizer, 3)
+    assert all(torch.equal(a, model[i].weight) for a, i in zip(before, (0, 5), strict=True))
+
+
+def test_a_second_optimizer_takes_over() -> None:
+    """Blocks that wait for their turn are not frozen, and old hooks do not train on."""
+    model = plain_model()
+    first = effprof.optimizer(model, "badam", lr=1e-2, switch_every=1)
+    second = effprof.optimizer(model, "badam", lr=1e-2, switch_every=1)
+    counts = [sum(len(g["params"]) for g in one.param_groups) for one in (first, second)]
+    assert counts[0] == counts[1] == 8
+    model = plain_model()
+    effprof.optimizer(model, "full", lr=1e9, per_layer_update=True)
+    fit(model, effprof.optimizer(model, "full", lr=1e-3, per_layer_update=True), 2)
+    assert all(bool((p.abs() < 10).all()) for p in model.parameters())
+
+
+def test_a_state_of_another_optimizer_is_refused() -> None:
+    states = []
+    for method, settings in (("galore", {"rank": 4}), ("galore", {"rank": 8}), ("muon", {})):
+        model = plain_model()
+        optimizer = effprof.optimizer(model, method, lr=1e-3, **settings)
+        fit(model, optimizer, 1)
+        states.append((optimizer, optimizer.state_dict()))
+    for optimizer, _ in states[1:]:
+        with pytest.raises(UsageError, match="state"):
+            optimizer.load_state_dict(states[0][1])
+    plain = torch.optim.AdamW(plain_model().parameters())
+    with pytest.raises(UsageError, match="another optimizer"):
+        states[0][0].load_state_dict(plain.state_dict())
+    with pytest.raises(UsageError, match="cannot be added"):
+        states[0][0].add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+
+
+def test_golores_full_gradient_is_seen_by_clipping() -> None:
+    model = effprof.apply(plain_model(), "golore", rank=4)
+    optimizer = effprof.optimizer(model, "golore", lr=1e-2)
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    fitted = [m.weight for m in model.modules() if isinstance(m, MethodLinear)]
+    assert all(weight in held for weight in fitted)
+
+
+def test_attentions_own_linear_layers_are_left() -> None:
+    encoder = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = nn.Sequential(encoder, nn.Linear(32, 2))
+    effprof.apply(model, "lowrank", rank=4)
+    assert isinstance(encoder.linear1, MethodLinear)
+    assert not isinstance(encoder.self_attn.out_proj, MethodLinear)
+    assert model(torch.randn(2, 5, 32)).shape == (2, 5, 2)

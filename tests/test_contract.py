@@ -228,7 +228,7 @@ def _exercise(chosen: registry.Method, half: Any, matrix: Matrix, settings: Any)
     if chosen.layer is None:
         groups.append(_group(half, dataclasses.replace(matrix, kind="head"), {}, settings))
     for group in groups:
-        for group.age in (0, 30, registry.due(half, settings, 2) or 0):
+        for group.age in (0, 30, *registry.due(half, settings, 2)):
             half.update(group, Clock(update=group.age, total_updates=99, lr=0.1), settings)
 
 
@@ -249,7 +249,7 @@ def _exercise_hooks(half: Any, matrix: Matrix, tensors: dict[str, Any], settings
         if name in tensors:
             moment = {"exp_avg": torch.rand(tensors[name].shape)}
             layer.groups[name] = Group(matrix, {}, {}, moment)
-    due = half.due(settings, 2) if hasattr(half, "due") else 0
+    due = max(registry.due(half, settings, 2), default=0)
     clock = Clock(update=due + 1, total_updates=99)
     if hasattr(half, "edit"):
         half.edit(settings)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from driver import Driver
+from driver import Driver, gradients
 from helpers import record, small
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -238,7 +238,7 @@ def test_an_update_runs_under_fake_tensors(method: str) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         weight = torch.empty(40, 24)
         driver = Driver(method, weight, **rank)
-        for number in (0, 1, getattr(half, "due", lambda s, n: 200)(driver.settings, 2)):
+        for number in (0, 1, *registry.due(half, driver.settings, 2)):
             driver.clock.update = driver.group.age = number
             driver.step(torch.empty_like(weight), 0.1)
     assert driver.clock.update > 1
@@ -322,3 +322,53 @@ def test_a_peak_with_updates_in_backward(method: str, changes: dict[str, Any], t
     expected, real = peak(synthesize(work_out(plan))), peak(record(plan))
     assert expected.size == pytest.approx(real.size, rel=1e-3)
     assert (expected.phase, expected.update) == (real.phase, real.update)
+
+
+@pytest.mark.parametrize("method", ["apollo", "apollo-mini", "fira"])
+def test_a_zero_gradient_does_not_stop_the_limiter(method: str) -> None:
+    """With the release's rule every step after it would be held near zero for good."""
+    rank = {} if method == "apollo-mini" else {"rank": 4}
+    driver = Driver(method, torch.randn(40, 24), **rank)
+    for update, gradient in enumerate(gradients((40, 24), 10)):
+        before = driver.weight.clone()
+        driver.step(gradient * (update not in (0, 5)), 0.01)
+    assert (driver.weight - before).norm() > 1e-3
+
+
+def test_relora_does_not_jump_after_a_merge(tiny: str) -> None:
+    """A first moment whose second was pruned away would be divided by eps alone."""
+    plan = small(tiny, "relora", settings={"restart_every": 6, "restart_warmup": 1})
+    model, optimizer = build(plan, lr=1e-3)
+    _train(plan, model, optimizer, 6)
+    before = [layer.tensors()["A"].clone() for layer in _layers(model)]
+    _train(plan, model, optimizer, 2)
+    after = [layer.tensors()["A"] for layer in _layers(model)]
+    assert (
+        max(float((a - b).detach().abs().max()) for a, b in zip(before, after, strict=True)) < 0.02
+    )
+
+
+def test_spam_does_not_freeze_entries_without_a_history() -> None:
+    driver = Driver("spam", torch.zeros(4, 4), skip=0)
+    for _ in range(5):
+        driver.step(torch.ones(4, 4), 0.01)
+    assert (driver.weight < -0.02).all()
+
+
+@pytest.mark.parametrize("magnitude", [1e-3, 1e-5])
+def test_adafactor_adapts_in_bf16(magnitude: float) -> None:
+    """Its step does not depend on the gradient's size."""
+    weight = torch.ones(32, 32).bfloat16()
+    driver = Driver("adafactor", weight)
+    for gradient in gradients((32, 32), 10):
+        driver.step((gradient * magnitude).bfloat16(), 0.01)
+    assert 0.05 < float((driver.weight - weight).float().abs().mean()) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("method", "update"),
+    [("golore", "galore"), ("golore", "badam"), ("q-galore", "full"), ("lora", "loro")],
+)
+def test_pairs_that_make_no_sense_are_refused(method: str, update: str, tiny: str) -> None:
+    with pytest.raises(UsageError):
+        work_out(small(tiny, method, update=update))

@@ -109,8 +109,12 @@ def with_plan_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 # A file holds resolved values: what a flag replaces, and what was resolved from it.
 _REPLACES = {
     "model": ("rank", "settings", "update_settings"),
-    "method": ("update", "rank", "settings", "update_settings"),
-    "update": ("update_settings",),
+    "method": (
+        *("update", "rank", "settings", "update_settings"),
+        *("per_layer_update", "state_dtype", "optimizer_impl"),
+    ),
+    "update": ("update_settings", "per_layer_update", "state_dtype", "optimizer_impl"),
+    "freeze_rest": ("optimizer_impl",),
     "rank": ("settings.rank", "update_settings"),
     "micro_batch": ("global_batch",),
     "grad_accum": ("global_batch",),
@@ -148,7 +152,12 @@ def _assignments(text: list[str]) -> dict[str, dict[str, str]]:
                 f"--set {one!r} is not key=value.", "Type for example --set refresh=100."
             )
         where = "update_settings" if key.startswith("update.") else "settings"
-        found.setdefault(where, {})[key.removeprefix("update.")] = value
+        name, table = key.removeprefix("update."), found.setdefault(where, {})
+        if table.get(name, value) != value:
+            raise UsageError(
+                f"--set {key} is given twice: {table[name]} and {value}.", "Give it once."
+            )
+        table[name] = value
     return found
 
 

@@ -206,7 +206,10 @@ class Graph:
                 result, results[place] = results[place], None
                 if target is None or result is None:
                     continue
-                if target in buffers:
+                if target in buffers and isinstance(target, Leaf):
+                    # Gradients of a tied weight: as recorded, a third tensor beside both.
+                    buffers[target] = self._new_sum(buffers.pop(target), result)
+                elif target in buffers:
                     buffers[target] = self._sum(buffers.pop(target), result)
                 else:
                     buffers[target] = result
@@ -232,6 +235,9 @@ class Graph:
         if sys.getrefcount(new.storage) <= _SOLE_OWNER:
             return new
         return self.allocate(old.numel, old.itemsize, "sum")
+
+    def _new_sum(self, old: Value, new: Value) -> Value:
+        return self.allocate(old.numel, max(old.itemsize, new.itemsize), "sum")
 
     def _accumulate(self, leaf: Leaf, gradient: Value) -> None:
         """AccumulateGrad takes the first gradient as it is and adds later ones in place."""

@@ -158,6 +158,8 @@ class Decoder:
     def _cast(self, weight: Value) -> Value:
         if weight.itemsize == self.compute:
             return weight
+        if not weight.needs_grad:  # autocast keeps copies only of leaves that require a gradient
+            return ops.to(self.graph, weight, self.compute, "weight_cast")
         key = id(weight)
         if key not in self.casts:
             cast = ops.to(self.graph, weight, self.compute, "weight_cast")

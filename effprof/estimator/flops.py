@@ -82,6 +82,8 @@ def _forward_products(unit: Unit, tokens: int) -> int:
 
 def _never_recomputed(step: Step, tokens: int) -> int:
     """Each layer's last dense product: recomputing ends before it, nothing after is saved."""
+    if step.architecture.norms_per_layer == 4:  # a norm after it saves
+        return 0
     last = next(unit for unit in step.layer if unit.matrix.kind == "down")
     return 0 if last.layer_half else step.architecture.layers * 2 * tokens * last.matrix.numel
 
@@ -94,8 +96,11 @@ def _optimizer(step: Step) -> tuple[int, float]:
     update, periodic = 0.0, 0.0
     plan = step.plan
     turns = len(step.turns) or 1
+    layer = plan.halves.layer  # the events of a file with both halves are its update half's
+    layer_events = plan.halves.one_file or not hasattr(layer, "update")
     for unit, times in step.units():
-        periodic += times * sum(unit.products.periodic.values())
+        if layer_events:
+            periodic += times * sum(unit.products.periodic.values())
         for trained in unit.trained:
             half, settings = plan.recipe.half(covered=trained.covered)
             declared: Flops = half.flops(trained.matrix, plan.positions, settings)

@@ -74,6 +74,10 @@ class Run:
         graph, tape = self.graph, self.graph.tape
         self.number = number
         self._activate()
+        if number and getattr(self.plan.halves.update, "ACTIVE_STATE", False):
+            for cell in self.cells:  # a turn that has begun
+                if cell.active:
+                    self._allocate_state(cell)
         for _ in range(min(self.plan.grad_accum, 2)):  # a first and a later micro-step say it all
             self._micro_step(kind)
         self._before_step(kind)
@@ -236,10 +240,10 @@ class Run:
         tape, trained = self.graph.tape, cell.trained
         half, settings = self.plan.recipe.half(covered=trained.covered)
         for phase in phases(half, settings, self.number):
-            if kind and phase != "update":
+            if kind and phase == "refresh":
                 tape.mark(kind, phase)
             self._stages(trained.transient, phase)
-            if kind and phase != "update":
+            if kind and phase == "refresh":
                 tape.mark(kind, "update")
 
     def _restart(self, kind: str) -> None:

@@ -17,7 +17,7 @@ from effprof.recipe import Recipe, Size, preset_of, resolve
 from effprof.registry import Tensor
 from effprof.trained import Trained, trained
 from effprof.trainer.layer import MethodLinear
-from effprof.trainer.optimizer import MethodOptimizer
+from effprof.trainer.optimizer import PAUSED, MethodOptimizer
 
 _KINDS = {
     "q_proj": "q",
@@ -37,7 +37,7 @@ def apply(
     method: str,
     *,
     rank: int | None = None,
-    skip: Sequence[str] | None = None,
+    leave: Sequence[str] | None = None,
     from_dense: bool = True,
     seed: int = 0,
     **settings: Any,
@@ -45,7 +45,7 @@ def apply(
     """Replace a model's linear layers by a method's, in place, and return the model.
 
     Of a language model these are the linear layers of attention and MLP; of any other module every
-    ``nn.Linear`` but the output head (the last one). ``skip`` names others to leave instead.
+    ``nn.Linear`` but the output head (the last one). ``leave`` names others to leave instead.
     ``from_dense`` starts from the model's weights (their best factors, where a method has only
     factors); without it layers start as the method starts them. A method without a layer half
     (galore, apollo) changes nothing here: give it to ``effprof.optimizer``.
@@ -55,24 +55,26 @@ def apply(
     """
     if any(isinstance(module, MethodLinear) for module in model.modules()):
         raise UsageError("This model's layers have been swapped already.", "Load a fresh model.")
-    found = _targets(model, skip)
+    found = _targets(model, leave)
     recipe = resolve(method, None, rank, settings, {}, _size(model, found))
     half: Any = recipe.halves.layer
     if half is None:
         return model
     keeps = from_dense or hasattr(half, "STARTS_DENSE")
-    made: list[tuple[str, nn.Module]] = []
-    for index, (name, linear, matrix) in enumerate(found, 1):
+    _refuse_tied(model, found)
+    made: dict[nn.Module, nn.Module] = {}
+    for index, (_, linear, matrix) in enumerate(found, 1):
         layer = MethodLinear(half, matrix, recipe.layer_settings, linear.weight.dtype, None)
         layer.to_empty(device=linear.weight.device)
         dense = linear.weight.detach().float() if keeps else None
         layer.initialise(seed * 1_000_003 + index, dense)
         layer.bias = linear.bias
-        made.append((name, layer))
+        made[linear] = layer
     _edit(model, getattr(half, "edit", lambda settings: {})(recipe.layer_settings))
-    for name, module in made:  # only once every layer could be made
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, module)
+    for parent in list(model.modules()):  # only once every layer could be made
+        for leaf, child in list(parent._modules.items()):
+            if child in made:
+                setattr(parent, leaf, made[child])
     return model
 
 
@@ -82,7 +84,7 @@ def optimizer(
     *,
     lr: float,
     rank: int | None = None,
-    skip: Sequence[str] | None = None,
+    leave: Sequence[str] | None = None,
     state_dtype: str | None = None,
     per_layer_update: bool = False,
     implementation: str | None = None,
@@ -99,8 +101,14 @@ def optimizer(
 
     Raises UsageError for what does not go together.
     """
+    if not 0 < lr < float("inf"):
+        raise UsageError(f"lr must be positive, not {lr!r}.", "Pass for example lr=1e-3.")
+    if total_updates < 0:
+        raise UsageError(
+            f"total_updates must not be negative, not {total_updates}.", "Leave it out."
+        )
     swapped = [module for module in model.modules() if isinstance(module, MethodLinear)]
-    own = resolve_for(model, swapped, method, rank, skip, settings)
+    own = resolve_for(model, swapped, method, rank, leave, settings)
     state_dtype = state_dtype or str(getattr(own.halves.update, "STATE_DTYPE", "same"))
     if per_layer_update or own.halves.fused_backward:
         _refuse(own, "NOT_PER_LAYER", "per_layer_update")
@@ -119,6 +127,12 @@ def optimizer(
             f"of the weights' dtype.",
             "Leave it out.",
         )
+    wide = state_dtype != "same" and implementation not in (None, "loop")
+    if wide or (implementation == "foreach" and per_layer_update):
+        raise UsageError(
+            f"implementation={implementation!r} does not go with these states or updates.",
+            "Leave it out.",
+        )
     default = "fused" if state_dtype == "same" else "loop"
     recipe = dataclasses.replace(
         own,
@@ -126,9 +140,27 @@ def optimizer(
         per_layer_update=per_layer_update or own.halves.fused_backward,
         optimizer_impl=implementation or default,
     )
-    built = MethodOptimizer(recipe, _parameters(model, recipe, skip), lr, layers=swapped, seed=seed)
+    built = MethodOptimizer(
+        recipe, _parameters(model, recipe, leave), lr, layers=swapped, seed=seed
+    )
     built.clock.total_updates = total_updates
     return built
+
+
+def _refuse_tied(model: nn.Module, found: Sequence[tuple[str, nn.Linear, Matrix]]) -> None:
+    """Raise UsageError for a weight that two layers share: swapped, each would have its own."""
+    owners: dict[nn.Parameter, str] = {}
+    chosen = {linear: name for name, linear, _ in found}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter):
+            continue
+        first = owners.setdefault(weight, name)
+        if first != name and module in chosen:
+            raise UsageError(
+                f"{name} shares its weight with {first}; swapped, each would have its own.",
+                f"Pass leave=[{name!r}, …] for the layers to leave as they are.",
+            )
 
 
 def resolve_for(
@@ -136,11 +168,11 @@ def resolve_for(
     swapped: Sequence[MethodLinear],
     method: str,
     rank: int | None,
-    skip: Sequence[str] | None,
+    leave: Sequence[str] | None,
     settings: dict[str, Any],
 ) -> Recipe:
     """The recipe of a method for a model, with the settings its layers were swapped with."""
-    size = _size(model, _targets(model, skip, swapped=bool(swapped)))
+    size = _size(model, _targets(model, leave, swapped=bool(swapped)))
     chosen = registry.method(method)
     if not swapped:
         if chosen.layer is not None:
@@ -170,7 +202,7 @@ def _refuse(recipe: Recipe, attribute: str, what: str) -> None:
 
 
 def _parameters(
-    model: nn.Module, recipe: Recipe, skip: Sequence[str] | None
+    model: nn.Module, recipe: Recipe, leave: Sequence[str] | None
 ) -> Iterator[tuple[tuple[nn.Parameter, ...], Trained]]:
     """What is trained together, with what is kept for it."""
     named = {parameter: name for name, parameter in model.named_parameters()}
@@ -186,9 +218,9 @@ def _parameters(
             for name, parameter in module.named_parameters(recurse=False):
                 if name != "bias":
                     named.pop(parameter, None)  # what the method itself keeps frozen
-    targeted = {linear.weight: matrix for _, linear, matrix in _targets(model, skip, swapped=True)}
+    targeted = {linear.weight: matrix for _, linear, matrix in _targets(model, leave, swapped=True)}
     for parameter, name in named.items():
-        if not parameter.requires_grad:
+        if not (parameter.requires_grad or getattr(parameter, PAUSED, False)):
             continue
         matrix = targeted.get(parameter) or _other(model, parameter, name)
         tensor = Tensor("weight", matrix.shape, trainable=True)
@@ -225,33 +257,43 @@ def _head(model: nn.Module) -> nn.Linear | None:
     head = getter() if getter is not None else None
     if head is None:
         linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        head = linears[-1] if linears else None
+        tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+        tied = [linear for linear in linears if linear.weight in tables]
+        head = next(reversed(tied or linears), None)
     return head if isinstance(head, nn.Linear) else None
 
 
 def _targets(
-    model: nn.Module, skip: Sequence[str] | None, *, swapped: bool = False
+    model: nn.Module, leave: Sequence[str] | None, *, swapped: bool = False
 ) -> list[tuple[str, nn.Linear, Matrix]]:
     """The linear layers a method takes. Raises UsageError where there are none."""
     head = _head(model)
-    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    if skip is None:
+    # Not subclasses: attention reads the weight of its own kind of linear layer.
+    linears = [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]
+    linears = [(n, m) for n, m in linears if _may_train(m)]
+    if leave is None:
         known = [(n, m) for n, m in linears if n.rpartition(".")[2] in _KINDS]
-        linears = known or [(n, m) for n, m in linears if m is not head]
+        gated = any(name.endswith("down_proj") for name, _ in known)
+        linears = known if gated else [(n, m) for n, m in linears if m is not head]
     else:
-        unknown = set(skip) - {name for name, _ in linears}
+        unknown = set(leave) - {name for name, _ in linears}
         if unknown:
             raise UsageError(
                 f"{sorted(unknown)[0]!r} is no linear layer of this model.",
                 "Give names as model.named_modules() has them.",
             )
-        linears = [(n, m) for n, m in linears if n not in skip]
+        linears = [(n, m) for n, m in linears if n not in leave]
     if not linears and not swapped:
         raise UsageError(
             "No linear layer (nn.Linear) to train this way was found in the model.",
             "A method takes nn.Linear layers other than the output head.",
         )
     return [(name, linear, _matrix(model, name, linear)) for name, linear in linears]
+
+
+def _may_train(linear: nn.Linear) -> bool:
+    """Whether a layer is not frozen, or only paused by an optimizer of ours."""
+    return linear.weight.requires_grad or getattr(linear.weight, PAUSED, False)
 
 
 def _matrix(model: nn.Module, name: str, linear: nn.Linear) -> Matrix:
@@ -261,7 +303,8 @@ def _matrix(model: nn.Module, name: str, linear: nn.Linear) -> Matrix:
     if kind in ("k", "v"):
         heads = getattr(config, "num_key_value_heads", None) or heads
     rows, columns = linear.weight.shape
-    return Matrix(f"{name}.weight", rows, columns, kind, _layer_index(name), heads or 1)
+    full = f"{name}.weight"
+    return Matrix(full, rows, columns, kind, _layer_index(full), heads or 1)
 
 
 def _layer_index(name: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -100,6 +101,15 @@ class MethodLinear(nn.Module):
             if self.bias is not None:
                 out = out.add_(self.bias.to(out.dtype))
         return out.view(*x.shape[:-1], self.out_features)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: a method is a module of Python, which is kept by its name."""
+        name = self.layer_half.__name__  # type: ignore[attr-defined]
+        return {**self.__dict__, "layer_half": name, "on_gradient": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        half = importlib.import_module(state["layer_half"])
+        super().__setstate__({**state, "layer_half": half})  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         return f"{self.in_features} → {self.out_features}, {self.settings}"

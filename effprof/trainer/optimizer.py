@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from effprof.blockwise import dequantised, quantise
+from effprof.errors import UsageError
 from effprof.recipe import Recipe
 from effprof.registry import Clock, Group, Layer
 from effprof.registry import Tensor as Declared
@@ -37,6 +38,10 @@ class Cell:
     def first(self) -> nn.Parameter:
         """The parameter under which torch keeps the state."""
         return self.parameters[0]
+
+
+# On a parameter: the hook that updates it in backward, and that its turn has not come.
+_HOOK, PAUSED = "_effprof_hook", "_effprof_paused"
 
 
 class MethodOptimizer(torch.optim.Optimizer):
@@ -71,6 +76,8 @@ class MethodOptimizer(torch.optim.Optimizer):
             cell = Cell(parameters, one, group)
             members[one.hosted] += parameters
             self._cells.update(dict.fromkeys(parameters, cell))
+        # Not updated, but with a gradient now and then, which scalers and clipping must see.
+        members[False] += [p for module in layers for p in _sometimes(module)]
         groups = [
             {"params": params, "hosted": hosted} for hosted, params in members.items() if params
         ]
@@ -85,8 +92,33 @@ class MethodOptimizer(torch.optim.Optimizer):
         self._torch = self._host(lr)
         if recipe.per_layer_update:
             for parameter in (p for p in self._cells if p.requires_grad):
-                parameter.register_post_accumulate_grad_hook(self._update_in_backward)  # type: ignore[no-untyped-call]
+                self._listen(parameter)
         self._activate()
+        self._complete = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only while it is made: what is trained, and how, is known then. Raises UsageError."""
+        if getattr(self, "_complete", False):
+            raise UsageError(
+                "A parameter cannot be added to this optimizer.",
+                "Make a new effprof.optimizer once the model is whole.",
+            )
+        super().add_param_group(param_group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MethodOptimizer:
+        """Refused: a copy would train the original's parameters. Raises UsageError."""
+        raise UsageError(
+            "This optimizer cannot be copied.",
+            "Make another for the copied model and give it this one's state_dict().",
+        )
+
+    def _listen(self, parameter: nn.Parameter) -> None:
+        """Update this parameter in backward, instead of any optimizer made for it before."""
+        old = getattr(parameter, _HOOK, None)
+        if old is not None:
+            old.remove()
+        handle = parameter.register_post_accumulate_grad_hook(self._update_in_backward)  # type: ignore[no-untyped-call]
+        setattr(parameter, _HOOK, handle)
 
     def _layer(self, module: MethodLinear) -> Layer:
         """A replaced matrix with the groups that train its tensors."""
@@ -210,6 +242,10 @@ class MethodOptimizer(torch.optim.Optimizer):
         for cell in self._distinct:
             cell.group.age = update
         self._activate()
+        if getattr(self.recipe.halves.update, "ACTIVE_STATE", False):
+            for cell in self._distinct:  # a turn that has begun
+                if update and cell.first.requires_grad and not cell.group.state:
+                    self._begin(cell)
 
     def _activate(self) -> None:
         """Let exactly those tensors have a gradient that the coming update trains."""
@@ -232,7 +268,9 @@ class MethodOptimizer(torch.optim.Optimizer):
         for layer in self._layers:
             for name, tensor in layer.tensors.items():
                 if isinstance(tensor, nn.Parameter):
-                    _differentiate(tensor, wanted=name in names)
+                    tensor.requires_grad_(name in names)
+                    if name not in names:
+                        tensor.grad = None
 
     def _integer_in_backward(self, module: MethodLinear, name: str) -> None:
         self._update_in_backward(module.get_parameter(name))
@@ -271,8 +309,7 @@ class MethodOptimizer(torch.optim.Optimizer):
             return
         group, trained = cell.group, cell.trained
         if not group.state:
-            declared = [one for one in trained.state if _exists(one, cell.first)]
-            group.state.update({one.name: self._zeros(one, cell.first) for one in declared})
+            self._begin(cell)
         half, settings = self.recipe.half(covered=trained.covered)
         own = next(g for g in self.param_groups if not g["hosted"])
         self.clock.lr = float(own["lr"]) * self.lr_factor()
@@ -282,6 +319,13 @@ class MethodOptimizer(torch.optim.Optimizer):
             half.update(group, self.clock, settings)
         group.gradients = {}
         group.age += 1
+
+    def _begin(self, cell: Cell) -> None:
+        """Allocate a cell's state, all zero."""
+        declared = [one for one in cell.trained.state if _exists(one, cell.first)]
+        cell.group.state.update({one.name: self._zeros(one, cell.first) for one in declared})
+        if getattr(self.recipe.halves.update, "ACTIVE_STATE", False):
+            cell.group.age = 0
 
     @contextlib.contextmanager
     def _readable(self, cell: Cell, half: Any) -> Iterator[None]:
@@ -327,6 +371,7 @@ class MethodOptimizer(torch.optim.Optimizer):
         Unlike torch's, it keeps each state tensor's own dtype.
         """
         parameters = [p for group in self.param_groups for p in group["params"]]
+        self._check_loaded(state_dict, parameters)
         self.state.clear()
         for index, values in state_dict["state"].items():
             parameter = parameters[int(index)]
@@ -346,6 +391,24 @@ class MethodOptimizer(torch.optim.Optimizer):
         self._link_torch(self._torch)
         self._activate()
 
+    def _check_loaded(self, loaded: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+        """Raise UsageError for a state that is another optimizer's."""
+        hint = "Load the state of the same method, settings and model."
+        counts = [len(group["params"]) for group in loaded["param_groups"]]
+        if not {"clock", "ages", "memories"} <= loaded.keys() or counts != [
+            len(group["params"]) for group in self.param_groups
+        ]:
+            raise UsageError("This state belongs to another optimizer or another model.", hint)
+        for index, values in loaded["state"].items():
+            cell = self._cells[parameters[int(index)]]
+            known = {one.name: one.shape for one in cell.trained.state}
+            found = {name: tuple(value.shape) for name, value in values.items()}
+            if found and any(known.get(name) != shape for name, shape in found.items()):
+                raise UsageError(
+                    f"The state of {cell.group.matrix.name} has {found}, this optimizer's {known}.",
+                    hint,
+                )
+
     def _home(self, name: str, parameter: nn.Parameter) -> torch.device:
         """Where a state tensor lives: torch reads its step counters on the CPU unless fused."""
         counted = self._cells[parameter].trained.hosted and self.recipe.optimizer_impl != "fused"
@@ -358,8 +421,24 @@ def _exists(declared: Declared, parameter: Tensor) -> bool:
 
 
 def _differentiate(parameter: nn.Parameter, *, wanted: bool) -> None:
-    """Whether a parameter has a gradient in the coming update; an old one is freed."""
-    if parameter.is_floating_point():
-        parameter.requires_grad_(wanted)
-    if not wanted:
+    """Whether a parameter has a gradient in the coming update; an old one is freed.
+
+    What someone else froze stays frozen.
+    """
+    if not wanted and parameter.requires_grad:
+        parameter.requires_grad_(False)
         parameter.grad = None
+        setattr(parameter, PAUSED, True)
+    elif wanted and getattr(parameter, PAUSED, False):
+        parameter.requires_grad_(True)
+        setattr(parameter, PAUSED, False)
+
+
+def _sometimes(module: MethodLinear) -> list[nn.Parameter]:
+    """A layer's tensors that are differentiated in some updates, and trained in none."""
+    half: Any = module.layer_half
+    if not hasattr(half, "differentiated"):
+        return []
+    names = half.differentiated(module.settings, 0)
+    declared = {one.name for one in half.weights(module.matrix, module.settings) if one.trainable}
+    return [module.get_parameter(name) for name in sorted(names - declared)]
