@@ -134,6 +134,10 @@ def _one(
             stages = {name for name in transient if name.partition(":")[0] in _STEPS}
             for stage in sorted(stages | {"update"}):
                 transient[stage] = (*whole, *transient.get(stage, ()))
+            # Each is packed into new bytes before they are copied to their place.
+            largest = max(whole, key=lambda one: one.numel)
+            stored = dataclasses.replace(largest, name="packed", dtype="uint8")
+            transient["update:store"] = (*whole, stored)
     return Trained(tensors, matrix, covered, hosted, state, plain, transient)
 
 
