@@ -261,7 +261,8 @@ def _exercise_hooks(half: Any, matrix: Matrix, tensors: dict[str, Any], settings
     if hasattr(half, "after_step"):
         half.after_step([layer], [], clock, settings)
     if hasattr(half, "lr_factor"):
-        half.lr_factor(Clock(update=due + 1, since_restart=0), settings)
+        for update in (due + 1, 501):
+            half.lr_factor(Clock(update=update, since_restart=0), settings)
     if hasattr(half, "active"):
         half.active([matrix], Clock(), settings)
 
