@@ -58,8 +58,8 @@ def rank_below(matrix: Matrix, rank: int) -> None:
         raise UsageError(
             f"Rank {rank} is not below the shorter side of {matrix.name} "
             f"({matrix.rows} × {matrix.columns}).",
-            "Type a smaller --rank (of an update half on factors: --set update.rank=…), or leave "
-            "the matrix out with --targets.",
+            f"Type --rank {max(matrix.shorter // 2, 1)} or less (of an update half on factors: "
+            f"--set update.rank=…), or leave the matrix out with --targets.",
         )
 
 
