@@ -1,4 +1,6 @@
-"""Our steps against plain references: one process, interleaved, medians, as ratios of throughput.
+"""Our steps against a plain loop: one process, interleaved, medians, as ratios of throughput.
+
+update_step.py has the updates alone, beside their authors'.
 
 usage: python benchmarks/train_step.py [--model 60m] [--micro-batch 2] [--rounds 15]
 """
@@ -8,16 +10,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
-from effprof import registry
-from effprof.model import architecture
 from effprof.plan import Plan
-from effprof.registry import Clock, Group
 from effprof.step import work_out
 from effprof.trainer import probe_child as probe
 from effprof.trainer.build import build, skeleton
@@ -65,39 +62,6 @@ def ours(plan: Plan) -> Run:
     return lambda: training_step(model, optimizer, [probe.random_batch(plan, CPU)], plan)
 
 
-def galore_pair(size: str, rank: int, dtype: torch.dtype) -> dict[str, Run]:
-    """One update of one layer's matrices between refreshes: ours and galore-torch's step()."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from galore_torch import GaLoreAdamW
-    half = registry.method("galore").update
-    settings = half.Settings(rank=rank, refresh=10**9, eps=1e-6)
-    torch.manual_seed(0)
-    matrices = architecture(size).layer_matrices()
-    groups, parameters = [], []
-    for matrix in matrices:
-        weight, gradient = torch.randn(matrix.shape).to(dtype), torch.randn(matrix.shape).to(dtype)
-        state = {t.name: torch.zeros(t.shape, dtype=dtype) for t in half.state(matrix, settings)}
-        groups.append(Group(matrix, {"weight": weight}, {"weight": gradient}, state))
-        parameters.append(nn.Parameter(weight.clone()))
-        parameters[-1].grad = gradient.clone()
-    extra = {"rank": rank, "update_proj_gap": 10**9, "scale": 0.25, "proj_type": "std"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        reference = GaLoreAdamW(
-            [{"params": parameters, **extra}], lr=1e-3, no_deprecation_warning=True
-        )
-    clock = Clock(lr=1e-3)
-
-    def update() -> None:
-        with torch.no_grad():
-            for group in groups:
-                half.update(group, clock, settings)
-        clock.update += 1
-
-    return {"ours": update, "galore-torch": reference.step}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="60m")
@@ -123,11 +87,6 @@ def main() -> None:
     print(f"{'ours, full (plain / ours)':<34}{found['full']:>9.3f}{ratio:>8.3f}")
     row = f"ours, lowrank r={lowrank.rank} (full / lowrank)"
     print(f"{row:<34}{found['lowrank']:>9.3f}{found['full'] / found['lowrank']:>8.3f}")
-    for size, rank, name in (("60m", 128, "fp32"), ("60m", 128, "bf16"), ("350m", 256, "fp32")):
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
-        pair = interleaved(galore_pair(size, rank, dtype), given.rounds)
-        label = f"galore update {size} r={rank} {name}"
-        print(f"{label:<34}{pair['ours']:>9.4f}{pair['galore-torch'] / pair['ours']:>8.3f}")
 
 
 if __name__ == "__main__":

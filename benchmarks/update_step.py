@@ -13,8 +13,6 @@ import contextlib
 import importlib.util
 import io
 import logging
-import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,28 +21,15 @@ from typing import Any
 import torch
 from effprof.methods import _restarts
 from torch import nn
+from train_step import Run, interleaved
 
 from effprof import registry
 from effprof.model import Matrix, architecture
 from effprof.registry import Clock, Group
 
-Run = Callable[[], object]
 RANKS = {"60m": 128, "350m": 256, "1b": 512}
 NEVER = 10**9
 LR = 1e-3
-
-
-def interleaved(runs: dict[str, Run], rounds: int) -> dict[str, float]:
-    """Median seconds of each, taken in turn so that the machine's moods fall on all alike."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    for turn in range(rounds):
-        for name in list(runs) if turn % 2 else list(reversed(runs)):
-            begin = time.perf_counter()
-            runs[name]()
-            times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def ours(method: str, size: str, age: int = 1, **settings: Any) -> Run:
