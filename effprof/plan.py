@@ -179,9 +179,8 @@ class Plan:
     def _resolve_implementation(self, chosen: Method) -> None:
         """Which of torch's AdamW runs: for the method, or for what it does not cover."""
         known = registry.rest().IMPLEMENTATIONS
-        half = chosen.update
-        takes_all = self.freeze_rest or {"embedding", "head", "norm"} <= set(half.COVERS)
-        if takes_all and not hasattr(half, "TORCH_OPTIMIZER"):
+        takes_all = self.freeze_rest or chosen.covers_all
+        if takes_all and chosen.hosted is None:
             if self.optimizer_impl not in ("", "loop"):
                 raise UsageError(
                     f"--optimizer-impl {self.optimizer_impl} has no effect: nothing is left to "
@@ -268,8 +267,7 @@ class Plan:
 
     def _has_states(self) -> bool:
         """Whether any tensor of the plan has a state whose dtype the plan decides."""
-        half, _ = self.recipe.half(covered=True)
-        if not {"embedding", "head", "norm"} <= set(half.COVERS) and not self.freeze_rest:
+        if not self.halves.covers_all and not self.freeze_rest:
             return True  # the rest is AdamW
         return self.recipe.has_states(self.architecture.layer_matrices()[0])
 

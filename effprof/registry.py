@@ -265,6 +265,11 @@ class Method:
         return self.layer is not None and cast("Any", self.layer) is self.update
 
     @property
+    def covers_all(self) -> bool:
+        """Whether the update half also takes what is no targeted matrix: AdamW has no rest then."""
+        return {"embedding", "head", "norm"} <= set(self.update.COVERS)
+
+    @property
     def joint(self) -> bool:
         """Whether the update half trains a layer's tensors together."""
         return self.layer is not None and bool(getattr(self.update, "JOINT", False))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +92,7 @@ class Step:
                         sizes["gradients"] += times * sum(map(self.gradient_bytes, kept.tensors))
         sizes["buffers"] += sum(map(self.nbytes, model_buffers(self.plan)))
         if self.turns:
-            held = max(self.turns, key=lambda turn: self._state_bytes(turn))
+            held = max((turn.values() for turn in self.turns), key=self._state_bytes)
             sizes["optimizer"] += self._state_bytes(held)
             if self.plan.zero_grad == "zero":
                 sizes["gradients"] += sum(
@@ -100,12 +100,14 @@ class Step:
                 )
         return sizes
 
-    def _state_bytes(self, turn: tuple[Trained, ...]) -> int:
+    def _state_bytes(self, turn: Iterable[Trained]) -> int:
         return sum(self.nbytes(tensor) for one in turn for tensor in one.state)
 
     @functools.cached_property
-    def turns(self) -> tuple[tuple[Trained, ...], ...]:
-        """What is trained in each turn, where an update half lets blocks take turns; else empty."""
+    def turns(self) -> tuple[dict[str, Trained], ...]:
+        """What is trained in each turn, by the parameter's name, where an update half lets blocks
+        take turns; else empty.
+        """
         half, settings = self.plan.recipe.half(covered=True)
         if not hasattr(half, "turns"):
             return ()
@@ -114,7 +116,7 @@ class Step:
         found = []
         for update in half.turns(matrices, settings):
             flags = half.active(matrices, Clock(update), settings)
-            found.append(tuple(one for (_, one), flag in zip(placed, flags, strict=True) if flag))
+            found.append({name: one for (name, one), on in zip(placed, flags, strict=True) if on})
         return tuple(found)
 
     def itemsize(self, dtype: str) -> int:

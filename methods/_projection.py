@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from effprof.model import Matrix
-from effprof.registry import Tensor
+from effprof.registry import Group, Tensor
 
 from . import _checks
 
@@ -51,6 +51,15 @@ def factors(
 ) -> tuple[TorchTensor, TorchTensor]:
     """The two factors whose product is the projected gradient back in full size."""
     return (projected, basis) if right else (basis, projected)
+
+
+def renewed(group: Group, gradient: TorchTensor, settings: Any, *, right: bool) -> TorchTensor:
+    """The group's projector, taken anew where ``refresh`` divides the updates it has seen."""
+    projector = group.state["projector"]
+    if group.age % settings.refresh == 0:
+        old = projector if group.age else None
+        projector.copy_(leading(gradient, settings, old, group.seed, right=right))
+    return projector
 
 
 def leading(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from effprof.model import Matrix
 from effprof.registry import Clock, Facts, Flops, Group, Tensor
@@ -67,21 +67,16 @@ class Settings:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        check(self)
+        for name in ("rank", "scale", "refresh"):
+            _checks.positive(name, getattr(self, name))
+        _checks.one_of("scale_type", self.scale_type, ("channel", "tensor"))
+        _checks.one_of("projector", self.projector, ("seed", "stored"))
+        _checks.one_of("side", self.side, _projection.SIDES)
+        _checks.not_negative("limit", self.limit)
+        _checks.adam(self)
 
 
-def check(settings: Any) -> None:
-    """The settings APOLLO and APOLLO-Mini share. Raises UsageError."""
-    for name in ("rank", "scale", "refresh"):
-        _checks.positive(name, getattr(settings, name))
-    _checks.one_of("scale_type", settings.scale_type, ("channel", "tensor"))
-    _checks.one_of("projector", settings.projector, ("seed", "stored"))
-    _checks.one_of("side", settings.side, _projection.SIDES)
-    _checks.not_negative("limit", settings.limit)
-    _checks.adam(settings)
-
-
-def state(matrix: Matrix, settings: Any) -> tuple[Tensor, ...]:
+def state(matrix: Matrix, settings: Settings) -> tuple[Tensor, ...]:
     """Both moments of the projected gradient and the step's last norm; the projector if stored."""
     projector, projected = _projection.shapes(matrix, settings.rank, settings.side)
     kept = (Tensor("projector", projector, "weight", "optimizer"),)
@@ -93,7 +88,7 @@ def state(matrix: Matrix, settings: Any) -> tuple[Tensor, ...]:
     )
 
 
-def flops(matrix: Matrix, tokens: int, settings: Any) -> Flops:
+def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:
     """One projection; AdamW there; a norm and a scaled addition of the gradient; random normals
     counted as 20 operations each.
     """
@@ -108,7 +103,7 @@ def flops(matrix: Matrix, tokens: int, settings: Any) -> Flops:
     )
 
 
-def transient(matrix: Matrix, tokens: int, settings: Any) -> Mapping[str, tuple[Tensor, ...]]:
+def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, tuple[Tensor, ...]]:
     """The projected gradient and its step; on the CPU the gradient in fp32 for its norm."""
     projector, projected = _projection.shapes(matrix, settings.rank, settings.side)
     drawn = Tensor("projector", projector, "weight", "workspace")
@@ -125,7 +120,9 @@ def transient(matrix: Matrix, tokens: int, settings: Any) -> Mapping[str, tuple[
     }
 
 
-def drawn(group: Group, shape: tuple[int, int], settings: Any, like: TorchTensor) -> TorchTensor:
+def drawn(
+    group: Group, shape: tuple[int, int], settings: Settings, like: TorchTensor
+) -> TorchTensor:
     """The projection of this refresh: normal with variance 1 / rank, from the group's own seed."""
     import torch
 
@@ -135,7 +132,9 @@ def drawn(group: Group, shape: tuple[int, int], settings: Any, like: TorchTensor
     return normal.mul_(settings.rank**-0.5)
 
 
-def _projector(group: Group, gradient: TorchTensor, settings: Any, *, right: bool) -> TorchTensor:
+def _projector(
+    group: Group, gradient: TorchTensor, settings: Settings, *, right: bool
+) -> TorchTensor:
     """The projection of this update: drawn from its seed, or the stored one, renewed when due."""
     rank, (rows, columns) = settings.rank, gradient.shape
     shape = (rank, columns) if right else (rows, rank)
@@ -147,7 +146,7 @@ def _projector(group: Group, gradient: TorchTensor, settings: Any, *, right: boo
     return kept
 
 
-def update(group: Group, clock: Clock, settings: Any) -> None:
+def update(group: Group, clock: Clock, settings: Settings) -> None:
     """W -= lr × limited(sqrt(scale) × s ⊙ G), s = ‖ψ‖ / ‖R‖ per channel or for the whole tensor."""
     import torch
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from effprof.registry import Facts
 
+from . import apollo
 from .apollo import COVERS as COVERS
 from .apollo import PERIODS as PERIODS
-from .apollo import check
 from .apollo import flops as flops
 from .apollo import state as state
 from .apollo import transient as transient
@@ -41,20 +41,9 @@ FACTS = Facts(
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(apollo.Settings):
     """APOLLO's settings at rank 1; ``front`` scales before the limiter instead of after it."""
 
     rank: int = 1
     scale: float = 128.0
-    refresh: int = 200
     scale_type: str = "tensor"
-    projector: str = "seed"
-    front: bool = False
-    limit: float = 1.01
-    side: str = "std"
-    betas: tuple[float, ...] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        check(self)

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from effprof.model import Matrix
-from effprof.registry import Facts, Flops, Saved, Tensor
+from effprof.registry import Facts, Tensor
 
 from . import _checks, full
+from .lowrank import flops as flops
+from .lowrank import saved as saved
+from .lowrank import weights as weights
 
 if TYPE_CHECKING:
     from torch import Tensor as TorchTensor
@@ -59,35 +62,11 @@ def edit(settings: Settings) -> dict[str, Any]:
     return {} if settings.keep_activation else {"activation": "linear"}
 
 
-def weights(matrix: Matrix, settings: Settings) -> tuple[Tensor, ...]:
-    """A: rank × columns, B: rows × rank.
-
-    Raises UsageError where the rank is not below both sides.
-    """
-    _checks.rank_below(matrix, settings.rank)
-    return (
-        Tensor("A", (settings.rank, matrix.columns), trainable=True),
-        Tensor("B", (matrix.rows, settings.rank), trainable=True),
-    )
-
-
-def saved(matrix: Matrix, tokens: int, settings: Settings) -> Saved:
-    """The input, and the rank-wide product before the nonlinearity."""
-    return Saved(extra=(Tensor("reduced", (tokens, settings.rank), "compute", "activations"),))
-
-
-def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:
-    """Two thin products forward, four backward."""
-    thin = 2 * tokens * settings.rank
-    down, up = thin * matrix.columns, thin * matrix.rows
-    return Flops(forward={"A": down, "B": up}, backward={"A": 2 * down, "B": 2 * up})
-
-
 def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, tuple[Tensor, ...]]:
     """The activated product forward; backward has it again, then its gradient and the other's."""
     narrow = (tokens, settings.rank)
     return {
-        "forward_output": (Tensor("activated", narrow, "compute", "workspace"),),
+        "forward": (Tensor("activated", narrow, "compute", "workspace"),),
         "backward": (Tensor("d_reduced", narrow, "compute", "workspace"),),
     }
 

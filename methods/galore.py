@@ -106,11 +106,9 @@ def update(group: Group, clock: Clock, settings: Settings) -> None:
     The basis is renewed when ``refresh`` divides the updates its state has seen.
     """
     weight, gradient = group.tensors["weight"], group.gradients["weight"]
-    projector, first, second = (group.state[k] for k in ("projector", "exp_avg", "exp_avg_sq"))
+    first, second = group.state["exp_avg"], group.state["exp_avg_sq"]
     right = _projection.from_right(gradient.shape[0], gradient.shape[1], settings.side)
-    if group.age % settings.refresh == 0:
-        old = projector if group.age else None
-        projector.copy_(_projection.leading(gradient, settings, old, group.seed, right=right))
+    projector = _projection.renewed(group, gradient, settings, right=right)
     projected = _projection.project(gradient, projector, right=right).to(first.dtype)
     _moments.advance(first, second, projected, settings.betas)
     del projected

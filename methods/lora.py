@@ -8,13 +8,15 @@ Hu et al., arXiv 2106.09685, equation 3, as a pretraining baseline of the benchm
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from effprof.model import Matrix
-from effprof.registry import Facts, Flops, Saved, Tensor
+from effprof.registry import Facts, Flops, Tensor
 
-from . import _checks, full
+from . import full, lowrank
+from .lowrank import Settings as Settings
+from .lowrank import saved as saved
+from .lowrank import transient as transient
 
 if TYPE_CHECKING:
     from torch import Tensor as TorchTensor
@@ -45,37 +47,15 @@ UPDATE = full
 STARTS_DENSE = True
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Settings of the correction."""
-
-    rank: int
-    alpha: float = 32.0
-
-    def __post_init__(self) -> None:
-        _checks.positive("rank", self.rank)
-        _checks.positive("alpha", self.alpha)
-
-
-def weights(matrix: Matrix, settings: Any) -> tuple[Tensor, ...]:
+def weights(matrix: Matrix, settings: Settings) -> tuple[Tensor, ...]:
     """The frozen weight, A: rank × columns, B: rows × rank.
 
     Raises UsageError where the rank is not below both sides.
     """
-    _checks.rank_below(matrix, settings.rank)
-    return (
-        Tensor("weight", matrix.shape),
-        Tensor("A", (settings.rank, matrix.columns), trainable=True),
-        Tensor("B", (matrix.rows, settings.rank), trainable=True),
-    )
+    return (Tensor("weight", matrix.shape), *lowrank.weights(matrix, settings))
 
 
-def saved(matrix: Matrix, tokens: int, settings: Any) -> Saved:
-    """The input, and the rank-wide product."""
-    return Saved(extra=(Tensor("reduced", (tokens, settings.rank), "compute", "activations"),))
-
-
-def flops(matrix: Matrix, tokens: int, settings: Any) -> Flops:
+def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:
     """The dense product forward and for the input's gradient, never for W₀'s; the thin ones."""
     product, thin = 2 * tokens * matrix.numel, 2 * tokens * settings.rank
     down, up = thin * matrix.columns, thin * matrix.rows
@@ -85,13 +65,8 @@ def flops(matrix: Matrix, tokens: int, settings: Any) -> Flops:
     )
 
 
-def transient(matrix: Matrix, tokens: int, settings: Any) -> Mapping[str, tuple[Tensor, ...]]:
-    """Backward holds the gradient of the rank-wide product."""
-    return {"backward": (Tensor("d_reduced", (tokens, settings.rank), "compute", "workspace"),)}
-
-
 def init(
-    matrix: Matrix, settings: Any, seed: int, dense: TorchTensor | None = None
+    matrix: Matrix, settings: Settings, seed: int, dense: TorchTensor | None = None
 ) -> dict[str, TorchTensor]:
     """W₀ as the model starts it, A kaiming-uniform (a = sqrt 5), B zero: the same function."""
     import torch
@@ -104,7 +79,7 @@ def init(
 
 
 def forward(
-    x: TorchTensor, tensors: Mapping[str, TorchTensor], settings: Any
+    x: TorchTensor, tensors: Mapping[str, TorchTensor], settings: Settings
 ) -> tuple[TorchTensor, tuple[TorchTensor, ...]]:
     """y = W₀ x + B (s A x) for x of tokens × columns; the rank-wide product is kept, scaled."""
     reduced = x @ tensors["A"].t()
@@ -118,7 +93,7 @@ def backward(
     x: TorchTensor | None,
     saved: Sequence[TorchTensor],
     tensors: Mapping[str, TorchTensor],
-    settings: Any,
+    settings: Settings,
 ) -> tuple[TorchTensor, dict[str, TorchTensor]]:
     """dB = gᵀ h, dA = (s Bᵀ g)ᵀ x, dx = g W₀ + (s g B) A, with h the kept product."""
     assert x is not None
@@ -130,7 +105,7 @@ def backward(
     return d_x, {"A": d_reduced.t() @ x, "B": gradient.t() @ reduced}
 
 
-def dense(tensors: Mapping[str, TorchTensor], settings: Any) -> TorchTensor:
+def dense(tensors: Mapping[str, TorchTensor], settings: Settings) -> TorchTensor:
     """W = W₀ + s B A, computed in fp32."""
     change = tensors["B"].float() @ tensors["A"].float()
     return change.mul_(settings.alpha / settings.rank).add_(tensors["weight"])

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from effprof.model import Matrix
-from effprof.registry import Clock, Facts, Flops, Group, Layer, Saved, Tensor
+from effprof.registry import Clock, Facts, Flops, Group, Layer, Tensor
 
 from . import _checks, _moments, _periods, lowrank
 from .lowrank import backward as backward
 from .lowrank import dense as dense
 from .lowrank import forward as forward
+from .lowrank import saved as saved
+from .lowrank import weights as weights
 
 if TYPE_CHECKING:
     from torch import Tensor as TorchTensor
@@ -76,16 +78,6 @@ class Settings:
     def alpha(self) -> float:
         """Of low-rank's alpha / rank: LORO has no factor before B A."""
         return float(self.rank)
-
-
-def weights(matrix: Matrix, settings: Settings) -> tuple[Tensor, ...]:
-    """A: rank × columns, B: rows × rank, as low-rank."""
-    return lowrank.weights(matrix, _plain(settings))
-
-
-def saved(matrix: Matrix, tokens: int, settings: Settings) -> Saved:
-    """The input, and the rank-wide product."""
-    return lowrank.saved(matrix, tokens, _plain(settings))
 
 
 def _plain(settings: Settings) -> lowrank.Settings:

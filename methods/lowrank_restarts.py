@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from effprof.model import Matrix
 from effprof.registry import Flops, Tensor
 
-from . import _checks, _restarts, full, lowrank
+from . import _restarts, full, lowrank
 from ._restarts import after_step as after_step
 from ._restarts import due as due
 from ._restarts import lr_factor as lr_factor
@@ -39,29 +39,26 @@ UPDATE = full
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(lowrank.Settings):
     """The factorisation's settings and the restarts'; counts are in updates."""
 
-    rank: int
-    alpha: float = 32.0
     restart_every: int = 200
     refactorize: bool = True
     reset: str = "factors"
     recovery: int = 10
 
     def __post_init__(self) -> None:
-        _checks.positive("rank", self.rank)
-        _checks.positive("alpha", self.alpha)
+        super().__post_init__()
         _restarts.check(self)
 
 
 def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:
     """As low-rank, and the refactorization."""
-    plain = lowrank.flops(matrix, tokens, lowrank.Settings(settings.rank, settings.alpha))
+    plain = lowrank.flops(matrix, tokens, settings)
     return replace(plain, periodic=_restarts.flops(matrix, settings))
 
 
 def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, tuple[Tensor, ...]]:
     """As low-rank, and the refactorization's."""
-    plain = lowrank.transient(matrix, tokens, lowrank.Settings(settings.rank, settings.alpha))
+    plain = lowrank.transient(matrix, tokens, settings)
     return {**plain, "restart": _restarts.transient(matrix, settings)}

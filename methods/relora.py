@@ -46,19 +46,17 @@ PRUNES = ("random", "magnitude", "all")
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(lora.Settings):
     """LoRA's settings and the restarts'; counts are in updates."""
 
-    rank: int
-    alpha: float = 32.0
     restart_every: int = 1000
     restart_warmup: int = 100
     prune: str = "random"
     pruned: float = 0.999
 
     def __post_init__(self) -> None:
-        for name in ("rank", "alpha", "restart_every"):
-            _checks.positive(name, getattr(self, name))
+        super().__post_init__()
+        _checks.positive("restart_every", self.restart_every)
         _checks.not_negative("restart_warmup", self.restart_warmup)
         _checks.one_of("prune", self.prune, PRUNES)
         _checks.fraction("pruned", self.pruned)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from effprof.model import Matrix
 from effprof.registry import Flops, Tensor
 
-from . import _checks, _restarts, full, sltrain
+from . import _restarts, full, sltrain
 from ._restarts import after_step as after_step
 from ._restarts import due as due
 from ._restarts import lr_factor as lr_factor
@@ -35,35 +35,26 @@ UPDATE = full
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(sltrain.Settings):
     """SLTrain's settings and the restarts'; counts are in updates."""
 
-    rank: int
-    alpha: float = 32.0
-    density: float = 0.03
     restart_every: int = 200
     refactorize: bool = True
     reset: str = "factors"
     recovery: int = 10
 
     def __post_init__(self) -> None:
-        _checks.positive("rank", self.rank)
-        _checks.positive("alpha", self.alpha)
-        sltrain.check_density(self.density)
+        super().__post_init__()
         _restarts.check(self)
-
-
-def _plain(settings: Settings) -> sltrain.Settings:
-    return sltrain.Settings(settings.rank, settings.alpha, settings.density)
 
 
 def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:
     """As SLTrain, and the refactorization."""
-    plain = sltrain.flops(matrix, tokens, _plain(settings))
+    plain = sltrain.flops(matrix, tokens, settings)
     return replace(plain, periodic=_restarts.flops(matrix, settings))
 
 
 def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, tuple[Tensor, ...]]:
     """As SLTrain, and the refactorization's."""
-    plain = sltrain.transient(matrix, tokens, _plain(settings))
+    plain = sltrain.transient(matrix, tokens, settings)
     return {**plain, "restart": _restarts.transient(matrix, settings)}

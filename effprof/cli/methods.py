@@ -54,8 +54,10 @@ def held_shares(names: list[str]) -> dict[str, float]:
             for one in unit.trained * times
         ]
         if step.turns:
-            sizes = step.gradient_bytes
-            turns = [sum(sizes(t) for one in turn for t in one.tensors) for turn in step.turns]
+            turns = [
+                sum(step.gradient_bytes(t) for one in turn.values() for t in one.tensors)
+                for turn in step.turns
+            ]
             return kept + max(turns)
         return kept + (max(gradients) if step.plan.per_layer_update else sum(gradients))
 

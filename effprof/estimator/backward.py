@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Container, Sequence
 
-from effprof.registry import Clock
-from effprof.step import Step, Unit, layer_of
+from effprof.step import Step, Unit
 
 Trains = Callable[[str, Unit], bool]
 
@@ -17,20 +15,13 @@ def backward_flops(step: Step, tokens: int, attention_layer: int) -> float:
 
     ``attention_layer`` is the forward's scores and weighted values of one layer.
     """
-    half, settings = step.plan.recipe.half(covered=True)
-    if not hasattr(half, "turns"):
+    if not step.turns:
         return _one(step, tokens, attention_layer, lambda name, unit: bool(unit.trained))
-    totals = []
-    placed = [(name, unit, one) for name, unit in step.placed for one in unit.trained]
-    matrices = [replace(one.matrix, layer=layer_of(name)) for name, _, one in placed]
-    for update in half.turns(matrices, settings):
-        flags = half.active(matrices, Clock(update), settings)
-        names = {name for (name, _, _), flag in zip(placed, flags, strict=True) if flag}
-        totals.append(_one(step, tokens, attention_layer, _among(names)))
+    totals = [_one(step, tokens, attention_layer, _among(turn)) for turn in step.turns]
     return sum(totals) / len(totals)
 
 
-def _among(names: set[str]) -> Trains:
+def _among(names: Container[str]) -> Trains:
     return lambda name, unit: name in names
 
 

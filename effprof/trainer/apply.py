@@ -120,8 +120,11 @@ def optimizer(
             raise unknown(name, str(value), [one for one in known if one])
     if state_dtype == "8bit":
         _refuse(own, "NOT_8BIT", "state_dtype='8bit'")
-    covers_all = {"embedding", "head", "norm"} <= set(own.halves.update.COVERS)
-    if state_dtype != "same" and covers_all and not own.has_states(Matrix("", 64, 64, "q")):
+    if (
+        state_dtype != "same"
+        and own.halves.covers_all
+        and not own.has_states(Matrix("", 64, 64, "q"))
+    ):
         raise UsageError(
             f"state_dtype={state_dtype!r} has no effect: {own.halves.update_name} keeps no state "
             f"of the weights' dtype.",
