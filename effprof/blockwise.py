@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from effprof.errors import EffprofError
@@ -17,6 +19,24 @@ from effprof.registry import ABSMAX, QUANTISED_BLOCK
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+_as_on_gpu = [False]
+
+
+def fused(device: torch.device) -> bool:
+    """Whether one kernel reads and writes 8-bit states: on a GPU, or where one is traced."""
+    return device.type == "cuda" or _as_on_gpu[-1]
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Whatever the device, updates inside take a GPU's way."""
+    _as_on_gpu.append(True)
+    try:
+        yield
+    finally:
+        _as_on_gpu.pop()
 
 
 @functools.cache

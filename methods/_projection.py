@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from effprof.model import Matrix
+from effprof.phase import phase
 from effprof.registry import Group, Tensor
 
 from . import _checks
@@ -58,7 +59,8 @@ def renewed(group: Group, gradient: TorchTensor, settings: Any, *, right: bool) 
     projector = group.state["projector"]
     if group.age % settings.refresh == 0:
         old = projector if group.age else None
-        projector.copy_(leading(gradient, settings, old, group.seed, right=right))
+        with phase("refresh"):
+            projector.copy_(leading(gradient, settings, old, group.seed, right=right))
     return projector
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from effprof.model import Matrix
+from effprof.phase import phase
 from effprof.registry import Clock, Facts, Flops, Group, Tensor
 
 from . import _checks, _moments, _projection
@@ -142,7 +143,8 @@ def _projector(
         return drawn(group, shape, settings, gradient)
     kept = group.state["projector"]
     if group.age % settings.refresh == 0:
-        kept.copy_(drawn(group, shape, settings, gradient))
+        with phase("refresh"):
+            kept.copy_(drawn(group, shape, settings, gradient))
     return kept
 
 

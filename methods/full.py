@@ -147,7 +147,7 @@ def _update_quantised(group: Group, clock: Clock, settings: Settings) -> None:
         (name, group.state[name].view(-1), group.state[f"{name}.absmax"])
         for name in ("exp_avg", "exp_avg_sq")
     ]
-    if weight.device.type == "cuda":
+    if blockwise.fused(weight.device):
         blockwise.adamw(weight, gradient, moments, group.age + 1, clock.lr, settings)
         return
     flat, flat_gradient = weight.view(-1), gradient.reshape(-1)

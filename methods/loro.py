@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from effprof.model import Matrix
+from effprof.phase import phase
 from effprof.registry import Clock, Facts, Flops, Group, Layer, Tensor
 
 from . import _checks, _moments, _periods, lowrank
@@ -177,15 +178,12 @@ def after_step(
 
 def update(group: Group, clock: Clock, settings: Settings) -> None:
     """Adam's directions on both factors; a scaled step along them, or an exact one."""
-    directions = {}
-    for name in ("A", "B"):
-        first, second = group.state[f"{name}.exp_avg"], group.state[f"{name}.exp_avg_sq"]
-        _moments.advance(first, second, group.gradients[name].to(first.dtype), settings.betas)
-        directions[name] = _moments.direction(first, second, settings.eps)
-    size = clock.lr * _moments.correction(settings.betas, group.age + 1)
     if _periods.completes(clock.update, settings.exact_every):
-        _exact(group.tensors["A"], group.tensors["B"], directions, size)
+        with phase("refresh"):
+            directions, size = _directions(group, clock, settings)
+            _exact(group.tensors["A"], group.tensors["B"], directions, size)
         return
+    directions, size = _directions(group, clock, settings)
     matrix = group.matrix
     hidden = matrix.rows if matrix.kind in ("o", "down") else matrix.columns
     scale = settings.scale or settings.rank / hidden
@@ -193,6 +191,18 @@ def update(group: Group, clock: Clock, settings: Settings) -> None:
         tensor.add_(directions[name].to(tensor.dtype), alpha=-size * scale)
         if settings.weight_decay:
             tensor.mul_(1 - size * settings.weight_decay)
+
+
+def _directions(
+    group: Group, clock: Clock, settings: Settings
+) -> tuple[dict[str, TorchTensor], float]:
+    """Adam's direction for each factor, and the step's size."""
+    directions = {}
+    for name in ("A", "B"):
+        first, second = group.state[f"{name}.exp_avg"], group.state[f"{name}.exp_avg_sq"]
+        _moments.advance(first, second, group.gradients[name].to(first.dtype), settings.betas)
+        directions[name] = _moments.direction(first, second, settings.eps)
+    return directions, clock.lr * _moments.correction(settings.betas, group.age + 1)
 
 
 def _exact(a: TorchTensor, b: TorchTensor, directions: dict[str, TorchTensor], size: float) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from effprof.errors import UsageError
 from effprof.model import Matrix
+from effprof.phase import phase
 from effprof.registry import Clock, Facts, Flops, Group, Saved, Tensor
 
 from . import _checks, _integers, _moments, _projection
@@ -199,7 +200,8 @@ def update(group: Group, clock: Clock, settings: Settings) -> None:
     gradient, first = group.gradients["packed"], group.state["exp_avg"]
     second, right = group.state["exp_avg_sq"], gradient.shape[0] >= gradient.shape[1]
     if group.age % group.memory.get("gap", settings.refresh) == 0:
-        _refresh(group, gradient, settings, right=right)
+        with phase("refresh"):
+            _refresh(group, gradient, settings, right=right)
     basis = _basis(group, gradient, settings, right=right)
     projected = _projection.project(gradient, basis, right=right).to(first.dtype)
     _moments.advance(first, second, projected, settings.betas)

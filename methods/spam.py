@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from effprof.errors import UsageError
 from effprof.model import Matrix
+from effprof.phase import phase
 from effprof.registry import Clock, Facts, Flops, Group, Tensor
 
 from . import _checks, _moments, _periods
@@ -161,7 +162,8 @@ def update(group: Group, clock: Clock, settings: Settings) -> None:
     indices = group.state.get("indices")
     if indices is not None:
         if since == 0 or group.age == 0:
-            _draw(indices, weight.numel(), group.seed + count)
+            with phase("refresh"):
+                _draw(indices, weight.numel(), group.seed + count)
         gradient = gradient.reshape(-1)[indices]
     gradient = gradient.to(first.dtype)
     if _clips(count, settings):

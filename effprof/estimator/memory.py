@@ -12,6 +12,7 @@ from effprof import tape as tapes
 from effprof.estimator.autograd import Graph
 from effprof.estimator.updates import Run
 from effprof.gpus import DEFAULT, Gpu
+from effprof.plan import Plan
 from effprof.step import Step
 from effprof.tape import Peak, Tape
 
@@ -38,14 +39,15 @@ class Memory:
 def memory(step: Step, gpu: Gpu = DEFAULT) -> Memory:
     """Synthesize and replay a plan's tape as ``gpu`` runs it."""
     with _no_collector():
-        return _measure(step, synthesize(step, gpu), gpu)
+        return measure(step.plan, synthesize(step, gpu), gpu)
 
 
-def _measure(step: Step, tape: Tape, gpu: Gpu) -> Memory:
-    if step.plan.device == "cpu":
+def measure(plan: Plan, tape: Tape, gpu: Gpu = DEFAULT) -> Memory:
+    """Replay a plan's tape, wherever it comes from, as the plan's device would run it."""
+    if plan.device == "cpu":
         peak = tapes.peak(tape)
         return Memory(peak, peak.size, None, None, tape, None)
-    expandable = step.plan.allocator == "expandable"
+    expandable = plan.allocator == "expandable"
     replay = allocator.replay(tape.events, len(tape.roles), expandable=expandable)
     peak = tapes.peak(tape, replay.blocks)
     return Memory(

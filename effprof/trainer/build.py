@@ -56,18 +56,24 @@ def build_model(step: Step, device: torch.device, *, seed: int) -> nn.Module:
     """The model on meta, its targeted layers swapped, then allocated once on ``device`` and
     initialised.
     """
-    model = skeleton(step)
-    for name, unit in step.placed:
-        if unit.layer_half:
-            _swap(model, name, unit, step)
-        elif not unit.trained:
-            model.get_parameter(name).requires_grad_(False)
+    model = arranged(step)
     model.to_empty(device=device)
     model.tie_weights()  # type: ignore[operator]
     _initialise(model, seed)
     if step.plan.checkpointing == "full":
         model.activation_checkpointing_enable()  # type: ignore[operator]
     return model.train()
+
+
+def arranged(step: Step) -> nn.Module:
+    """The model on meta, its targeted layers swapped and what the plan freezes frozen."""
+    model = skeleton(step)
+    for name, unit in step.placed:
+        if unit.layer_half:
+            _swap(model, name, unit, step)
+        elif not unit.trained:
+            model.get_parameter(name).requires_grad_(False)
+    return model
 
 
 def quiet_transformers() -> None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from effprof.blockwise import dequantised, quantise
 from effprof.errors import UsageError
+from effprof.phase import phase
 from effprof.recipe import Recipe
-from effprof.registry import Clock, Group, Layer
+from effprof.registry import Clock, Group, Layer, phases
 from effprof.registry import Tensor as Declared
 from effprof.trained import Trained
 from effprof.trainer.layer import DTYPES, MethodLinear
@@ -214,19 +215,29 @@ class MethodOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for half, settings in self.recipe.hooked():
             if hasattr(half, "before_step"):
-                half.before_step(self._layers, self.clock, settings)
+                with self._phase("refresh", half, settings):
+                    half.before_step(self._layers, self.clock, settings)
         if not self.recipe.per_layer_update:
             self._step_torch(None)
             for cell in self._distinct:
                 if not cell.trained.hosted:
                     self._update(cell)
+        restarting = [self._phase("restart", *hooked) for hooked in self.recipe.hooked()]
         self.clock.update += 1
         self.clock.since_restart += 1
-        for half, settings in self.recipe.hooked():
+        for (half, settings), restart in zip(self.recipe.hooked(), restarting, strict=True):
             if hasattr(half, "after_step"):
-                half.after_step(self._layers, self._rest, self.clock, settings)
+                with restart:
+                    half.after_step(self._layers, self._rest, self.clock, settings)
         self._activate()
         return loss
+
+    def _phase(
+        self, name: str, half: Any, settings: Any
+    ) -> contextlib.AbstractContextManager[None]:
+        """The phase of that name, where the half has it in this update."""
+        due = name in phases(half, settings, self.clock.update)
+        return phase(name) if due else contextlib.nullcontext()
 
     def lr_factor(self) -> float:
         """What the method multiplies onto the learning rate of the coming update."""
@@ -409,10 +420,22 @@ class MethodOptimizer(torch.optim.Optimizer):
                     hint,
                 )
 
+    def host_states(self) -> dict[str, Tensor]:
+        """States that stay on the CPU whatever the device, by a name of their own."""
+        return {
+            f"{index}.{name}": value
+            for index, (parameter, state) in enumerate(self.state.items())
+            for name, value in state.items()
+            if self._counts(name, parameter)
+        }
+
     def _home(self, name: str, parameter: nn.Parameter) -> torch.device:
         """Where a state tensor lives: torch reads its step counters on the CPU unless fused."""
-        counted = self._cells[parameter].trained.hosted and self.recipe.optimizer_impl != "fused"
-        return torch.device("cpu") if counted and name == "step" else parameter.device
+        return torch.device("cpu") if self._counts(name, parameter) else parameter.device
+
+    def _counts(self, name: str, parameter: nn.Parameter) -> bool:
+        hosted = self._cells[parameter].trained.hosted
+        return name == "step" and hosted and self.recipe.optimizer_impl != "fused"
 
 
 def _exists(declared: Declared, parameter: Tensor) -> bool:

@@ -25,13 +25,14 @@ def training_step(
     *,
     clip: float = 0.0,
     on_phase: Callable[[str], None] = lambda phase: None,
+    run: MicroStep | None = None,
 ) -> Tensor:
     """One optimizer update.
 
     Returns the loss, a mean over every target of the update, without a sync.
 
     Each micro-batch weighs by its targets, so accumulation equals one large batch. ``on_phase`` is
-    told forward, backward and update as they begin.
+    told forward, backward and update as they begin. ``run`` stands in for ``micro_step``.
     """
     micro_batches = [batch for batch in micro_batches if batch.targets]
     targets = sum(batch.targets for batch in micro_batches)
@@ -41,17 +42,9 @@ def training_step(
         )
     total: Tensor | None = None
     for batch in micro_batches:
-        on_phase("forward")
-        output = forward(model, batch, plan)
-        loss = output.loss
-        if len(micro_batches) > 1:
-            loss = loss * (batch.targets / targets)
-        kept = output if plan.keep_logits else None
-        del output
-        on_phase("backward")
-        backward(loss, plan)
-        total = loss.detach() if total is None else total + loss.detach()
-        del loss, kept
+        loss = (run or micro_step)(model, batch, plan, batch.targets / targets, on_phase)
+        total = loss if total is None else total + loss
+        del loss
     on_phase("update")
     if clip:
         nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -59,6 +52,29 @@ def training_step(
     optimizer.zero_grad(set_to_none=plan.zero_grad == "none")
     assert total is not None
     return total
+
+
+MicroStep = Callable[[nn.Module, Batch, Plan, float, Callable[[str], None]], Tensor]
+
+
+def micro_step(
+    model: nn.Module, batch: Batch, plan: Plan, share: float, on_phase: Callable[[str], None]
+) -> Tensor:
+    """Forward and backward of one micro-batch, whose loss counts for ``share`` of the update's.
+
+    Returns that part of the loss.
+    """
+    on_phase("forward")
+    output = forward(model, batch, plan)
+    loss = output.loss
+    if share != 1:
+        loss = loss * share
+    kept = output if plan.keep_logits else None
+    del output
+    on_phase("backward")
+    backward(loss, plan)
+    del kept
+    return cast("Tensor", loss.detach())
 
 
 def forward(model: nn.Module, batch: Batch, plan: Plan) -> Any:

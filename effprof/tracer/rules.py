@@ -1,0 +1,133 @@
+"""What fake kernels do not show, and what CUDA kernels do otherwise than the CPU's.
+
+Each rule stands for one operation's overload; it runs the operation and says what else is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+from effprof.gpus import Gpu
+from effprof.kernels import Attention, embedding_backward
+from effprof.plan import Plan
+from effprof.tracer.recorder import FakeRecorder, Rule
+
+aten = torch.ops.aten
+_Args, _Kwargs = Sequence[Any], Mapping[str, Any]
+
+
+def rules(plan: Plan, gpu: Gpu) -> dict[Any, Rule]:
+    """Every rule of a plan's trace, by operation."""
+    found: dict[Any, Rule] = {
+        aten._local_scalar_dense.default: _scalar,
+        aten.index.Tensor: _index,
+        aten._linalg_svd.default: _svd,
+        aten.add.Tensor: _engine_sum,
+    }
+    if plan.device == "cuda":
+        found |= {
+            aten._scaled_dot_product_flash_attention_for_cpu.default: _attention(plan, gpu),
+            aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward(
+                plan, gpu
+            ),
+            aten.embedding_dense_backward.default: _embedding_backward,
+        }
+    return found
+
+
+def _scalar(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
+    """A value read on the host: True, 1 or 1.0 where a fake tensor has none."""
+    try:
+        return recorder.run(func, args, kwargs)
+    except DataDependentOutputException:
+        dtype = args[0].dtype
+        recorder.ask(f"a {str(dtype).removeprefix('torch.')} value was read: answered 1")
+        if dtype == torch.bool:
+            return True
+        return 1.0 if dtype.is_floating_point else 1
+
+
+def _index(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
+    """x[mask]: as if the mask held nowhere false."""
+    x, indices = args
+    masks = [one for one in indices if one is not None and one.dtype in (torch.bool, torch.uint8)]
+    if not masks:
+        return recorder.run(func, args, kwargs)
+    recorder.ask("a mask selected entries: answered all of them")
+    (mask,) = masks
+    rest = x.shape[mask.dim() :]
+    return recorder.run(aten.empty.memory_format, ([mask.numel(), *rest],), {"dtype": x.dtype})
+
+
+def _svd(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
+    """LAPACK and cuSOLVER overwrite a copy of the matrix."""
+    out = recorder.run(func, args, kwargs)
+    recorder.note(out, func)
+    recorder.scratch([(args[0].numel() * args[0].element_size(), "svd_copy")])
+    return out
+
+
+def _engine_sum(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
+    """The engine adds in place into a gradient nobody else holds; of subclasses, fake tensors
+    among them, it makes a third.
+    """
+    one, other = args[:2]
+    in_engine = torch._C._current_autograd_node() is None and not torch.is_grad_enabled()
+    if recorder.in_backward and in_engine and one.shape == other.shape:
+        for mine in (one, other):
+            if torch._C._storage_Use_Count(mine.untyped_storage()._cdata) <= _SOLE:
+                return mine
+    return recorder.run(func, args, kwargs)
+
+
+_SOLE = 3
+
+
+def _shape(args: _Args, *, masked: bool) -> Attention:
+    query, key = args[0], args[1]
+    rows, heads, length, width = query.shape
+    return Attention(rows, length, heads, key.shape[1], width, query.element_size(), masked)
+
+
+def _attention(plan: Plan, gpu: Gpu) -> Rule:
+    """A fused kernel of the GPU: its log-sum-exp, and a generator's state of two numbers."""
+
+    def rule(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
+        out, lse = recorder.run(func, args, kwargs)
+        recorder.note((out, lse), func)
+        shape = _shape(args, masked=kwargs.get("attn_mask") is not None)
+        kernel = shape.kernel(gpu.capability, bf16=args[0].dtype == torch.bfloat16)
+        padding = 4 * (shape.log_sum_exp(kernel) - lse.numel())
+        for size, label in ((8, "philox_seed"), (8, "philox_offset"), (padding, "logsumexp")):
+            if size:
+                recorder.keep_beside(lse, size, label)
+        return out, lse
+
+    return rule
+
+
+def _attention_backward(plan: Plan, gpu: Gpu) -> Rule:
+    def rule(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
+        out = recorder.run(func, args, kwargs)
+        recorder.note(out, func)
+        shape = _shape(args[1:], masked=kwargs.get("attn_mask") is not None)
+        kernel = shape.kernel(gpu.capability, bf16=args[1].dtype == torch.bfloat16)
+        recorder.scratch(shape.backward(kernel))
+        return out
+
+    return rule
+
+
+def _embedding_backward(
+    recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs
+) -> Tensor:
+    out: Tensor = recorder.run(func, args, kwargs)
+    recorder.note(out, func)
+    gradient, indices, vocab = args[:3]
+    recorder.scratch(embedding_backward(indices.numel(), vocab, gradient.shape[-1]))
+    return out

@@ -1,0 +1,184 @@
+"""trace(plan): the plan's real step under fake tensors, as a tape, replayed as a GPU would run it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effprof import blockwise, gpus
+from effprof.estimator.memory import Memory, measure
+from effprof.gpus import Gpu
+from effprof.phase import listening
+from effprof.plan import Plan
+from effprof.step import Step, work_out
+from effprof.tape import Tape
+from effprof.tracer.recorder import HOST, FakeRecorder
+from effprof.tracer.repeat import MicroSteps
+from effprof.tracer.rules import rules
+from effprof.trainer.build import arranged, trained_parameters
+from effprof.trainer.data import Batch
+from effprof.trainer.layer import MethodLinear
+from effprof.trainer.optimizer import MethodOptimizer
+from effprof.trainer.probe_child import random_batch, state_tensors
+from effprof.trainer.step import training_step
+
+SCHEMA = "effprof.trace/1"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a traced step holds.
+
+    ``questions`` are values that fake tensors could not answer, with how often each was asked.
+    """
+
+    plan: Plan
+    step: Step
+    memory: Memory
+    questions: dict[str, int]
+    seconds: float
+
+    @property
+    def tape(self) -> Tape:
+        return self.memory.tape
+
+
+def trace(plan: Plan) -> Trace:
+    """Run a plan's updates under fake tensors and replay what they allocate."""
+    began = time.perf_counter()
+    card = gpus.gpu(plan.gpu) if plan.gpu else gpus.DEFAULT
+    step = work_out(plan)
+    recorder = FakeRecorder(rules(plan, card))
+    with _quiet(plan), _no_collector():
+        _run(step, card, recorder)
+    memory = measure(plan, recorder.finished(), card)
+    return Trace(plan, step, memory, recorder.questions, time.perf_counter() - began)
+
+
+def _run(step: Step, card: Gpu, recorder: FakeRecorder) -> None:
+    plan = step.plan
+    bare = arranged(step)
+    batch = random_batch(plan, torch.device("cpu"))
+    recorder.mark("build", "build")
+    with recorder, listening(recorder.inner):
+        model = _materialised(bare, plan)
+        recorder.follow(model)
+        layers = [module for module in model.modules() if isinstance(module, MethodLinear)]
+        optimizer = MethodOptimizer(
+            plan.recipe, trained_parameters(step, model), 1e-3, layers=layers
+        )
+        recorder.name(dict(model.named_parameters()), "weights")
+        recorder.name(dict(model.named_buffers()), "buffers")
+        _watch_gradients(recorder, model, plan)
+        if plan.device == "cuda":  # one cuBLAS workspace per thread that has a handle
+            for thread in ("forward", "backward"):
+                recorder.keep(card.workspace, f"cublas_{thread}")
+        run = MicroSteps(recorder, model, plan)
+        for kind, number in plan.updates:
+            optimizer.seek(number)
+
+            def on_phase(phase: str, kind: str = kind) -> None:
+                if phase == "update":
+                    recorder.name(run.gradients(), "gradients")
+                recorder.mark(kind, phase)
+
+            batches = [_faked(batch) for _ in range(min(plan.grad_accum, 2))]
+            for one in batches:
+                recorder.name({"input_ids": one.ids, "labels": one.labels}, "activations")
+            training_step(model, optimizer, batches, plan, on_phase=on_phase, run=run)
+            del batches
+            recorder.name(state_tensors(optimizer), "optimizer")
+            recorder.name(_on_host(optimizer, plan), HOST)
+
+
+def _watch_gradients(recorder: FakeRecorder, model: nn.Module, plan: Plan) -> None:
+    """Name gradients that are gone before backward ends."""
+
+    def hook(name: str, gradient: Tensor) -> None:
+        recorder.name({name: gradient}, "gradients")
+
+    for name, parameter in model.named_parameters() if plan.per_layer_update else ():
+        if parameter.requires_grad:
+            parameter.register_hook(functools.partial(hook, name))
+
+
+def _materialised(model: nn.Module, plan: Plan) -> nn.Module:
+    """A model on meta as fake tensors on the CPU; tied parameters stay one."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, one in list(module._parameters.items()):
+            if one is None:
+                continue
+            if id(one) not in made:
+                empty = torch.empty(one.shape, dtype=one.dtype)
+                made[id(one)] = nn.Parameter(empty, requires_grad=one.requires_grad)
+            module._parameters[name] = made[id(one)]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    model.tie_weights()  # type: ignore[operator]
+    if plan.checkpointing == "full":
+        model.activation_checkpointing_enable()  # type: ignore[operator]
+    return model.train()
+
+
+def _faked(batch: Batch) -> Batch:
+    """A batch of fake tensors; what is one tensor there is one here."""
+    made: dict[int, Tensor] = {}
+
+    def fake(one: Any) -> Any:
+        if not isinstance(one, Tensor):
+            return one
+        if id(one) not in made:
+            made[id(one)] = torch.empty(one.shape, dtype=one.dtype)
+        return made[id(one)]
+
+    fields = {item.name: fake(getattr(batch, item.name)) for item in dataclasses.fields(batch)}
+    return dataclasses.replace(batch, **fields)
+
+
+def _on_host(optimizer: MethodOptimizer, plan: Plan) -> dict[str, Tensor]:
+    """torch's step counters, which its AdamW keeps on the CPU unless fused."""
+    if plan.device == "cpu" or plan.optimizer_impl == "fused":
+        return {}
+    return optimizer.host_states()
+
+
+@contextlib.contextmanager
+def _quiet(plan: Plan) -> Iterator[None]:
+    """transformers told what a real run would find out, and 8-bit states taken as on the GPU."""
+    from transformers import masking_utils
+
+    found = masking_utils.find_packed_sequence_indices
+    plain = plan.rows != "packed-isolated" and plan.attention_mask == "none"
+    if plan.state_dtype == "8bit":
+        for name in ("exp_avg", "exp_avg_sq"):
+            blockwise.code(name, torch.device("cpu"))
+    try:
+        if plain:  # fake positions cannot say that rows are whole; a real run's do
+            masking_utils.find_packed_sequence_indices = lambda *_, **__: None
+        with blockwise.as_on_gpu() if plan.device == "cuda" else contextlib.nullcontext():
+            yield
+    finally:
+        masking_utils.find_packed_sequence_indices = found
+
+
+@contextlib.contextmanager
+def _no_collector() -> Iterator[None]:
+    """Storages go by reference counts; the cycle collector would only cost time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
