@@ -39,8 +39,10 @@ class Tensor:
 
     ``dtype`` is a name in ITEMSIZE, or ``weight`` (the plan's parameter dtype), ``compute`` (what
     matrix products run in) or ``state`` (the plan's optimizer-state dtype), which the Step
-    resolves. Two name copies that are not always made: ``upcast``, fp32 beside weights of another
-    dtype, and ``recast``, fp32 beside weights of another dtype than the states'. ``role`` is
+    resolves. Some name copies that are not always made: ``upcast``, fp32 beside weights of another
+    dtype; ``recast``, fp32, and ``downcast``, in the weights' dtype, where states have another than
+    weights; ``mixed`` and ``remixed``, as upcast and recast, where the CPU casts an operand that a
+    CUDA kernel reads as it is (TensorIterator's common dtype). ``role`` is
     weights, buffers, optimizer, activations or workspace. A trainable tensor gets a gradient of its
     own shape, in the compute dtype where it holds integers.
     """

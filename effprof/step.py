@@ -123,8 +123,13 @@ class Step:
         """Bytes per number of a dtype name, the plan's own names resolved."""
         if dtype == "upcast":
             return 0 if self.plan.weight_dtype == "fp32" else ITEMSIZE["fp32"]
-        if dtype == "recast":
-            return 0 if self.dtype("state") == self.plan.weight_dtype else ITEMSIZE["fp32"]
+        if dtype in ("recast", "downcast"):
+            same = self.dtype("state") == self.plan.weight_dtype
+            return 0 if same else ITEMSIZE["fp32" if dtype == "recast" else self.dtype("weight")]
+        if dtype in ("mixed", "remixed"):
+            if self.plan.device == "cuda":
+                return 0
+            return self.itemsize("upcast" if dtype == "mixed" else "recast")
         return ITEMSIZE[self.dtype(dtype)]
 
     def dtype(self, name: str) -> str:

@@ -24,15 +24,15 @@ def state(matrix: Matrix, name: str) -> tuple[Tensor, ...]:
 def transient(matrix: Matrix) -> dict[str, tuple[Tensor, ...]]:
     """Squares; then a step beside the gradient; then a step added to the weight, all in fp32.
 
-    What is upcast is nothing beside fp32 weights.
+    What is cast beside weights that are not fp32, the CPU alone has.
     """
     step = Tensor("step", matrix.shape, "fp32", "workspace")
-    upcast = Tensor("upcast", matrix.shape, "upcast", "workspace")
+    mixed = Tensor("mixed", matrix.shape, "mixed", "workspace")
     row = Tensor("row", (matrix.rows,), "fp32", "workspace")
     return {
         "update": (Tensor("squares", matrix.shape, "fp32", "workspace"),),
-        "update:divide": (step, upcast, *(() if matrix.flat else (row,))),
-        "update:add": (step, upcast, upcast),
+        "update:divide": (step, mixed, *(() if matrix.flat else (row,))),
+        "update:add": (step, mixed, mixed),
     }
 
 

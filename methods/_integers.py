@@ -36,7 +36,9 @@ def _grouped(x: TorchTensor) -> TorchTensor:
     import torch
 
     flat = x.reshape(-1)
-    return torch.nn.functional.pad(flat, (0, -len(flat) % GROUP)).view(-1, GROUP)
+    missing = -len(flat) % GROUP
+    padded = torch.nn.functional.pad(flat, (0, missing)) if missing else flat
+    return padded.view(-1, GROUP)
 
 
 def dequantised(

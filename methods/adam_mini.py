@@ -72,8 +72,8 @@ def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, t
     shape = (blocks, 1) if blocks else matrix.shape
     factor = Tensor("factor", shape, "state", "workspace")
     step = Tensor("step", matrix.shape, "state", "workspace")
-    recast = Tensor("recast", matrix.shape, "recast", "workspace")
-    return {"update": (step, factor), "update:add": (step, recast, recast)}
+    mixed = Tensor("mixed", matrix.shape, "remixed", "workspace")
+    return {"update": (step, factor), "update:add": (step, mixed, mixed)}
 
 
 def update(group: Group, clock: Clock, settings: Settings) -> None:

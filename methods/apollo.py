@@ -114,8 +114,13 @@ def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, t
             Tensor("projected", projected, "weight", "workspace"),
             Tensor("step", projected, "state", "workspace"),
         ),
+        "update:norms": (
+            Tensor("projected", projected, "weight", "workspace"),
+            Tensor("step", projected, "state", "workspace"),
+            Tensor("projected_fp32", projected, "upcast", "workspace"),
+        ),
         "update:limit": (
-            Tensor("gradient_fp32", (matrix.rows, matrix.columns), "upcast", "workspace"),
+            Tensor("gradient_fp32", (matrix.rows, matrix.columns), "mixed", "workspace"),
         ),
         "refresh": (drawn, drawn) if stored else (),
     }

@@ -106,10 +106,11 @@ def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, t
             Tensor("projected", projected, "weight", "workspace"),
             Tensor("step", projected, "state", "workspace"),
             Tensor("residual", (matrix.rows, matrix.columns), "weight", "workspace"),
+            Tensor("projected_fp32", projected, "upcast", "workspace"),
         ),
         "update:limit": (
             Tensor("residual", (matrix.rows, matrix.columns), "weight", "workspace"),
-            Tensor("residual_fp32", (matrix.rows, matrix.columns), "upcast", "workspace"),
+            Tensor("residual_fp32", (matrix.rows, matrix.columns), "mixed", "workspace"),
             Tensor("projected", projected, "weight", "workspace"),
             Tensor("step", projected, "state", "workspace"),
         ),

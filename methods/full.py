@@ -85,7 +85,7 @@ def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, t
     wide = (Tensor(f"{name}_fp32", chunk, "fp32", "workspace") for name in names)
     return {
         "update": (
-            Tensor("weight_fp32", shape, "fp32", "workspace"),
+            Tensor("weight_fp32", shape, "mixed", "workspace"),
             Tensor("denominator", shape, "fp32", "workspace"),
             Tensor("step", shape, "fp32", "workspace"),
         ),

@@ -94,7 +94,7 @@ def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, t
     return {
         "update": (
             Tensor("step", projected, "state", "workspace"),
-            Tensor("step_cast", projected, "recast", "workspace"),
+            Tensor("step_cast", projected, "downcast", "workspace"),
         ),
         "refresh": _projection.leading_transient(matrix, settings.rank, settings.svd),
     }

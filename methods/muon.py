@@ -77,6 +77,7 @@ def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, t
     p = matrix.shorter
     return {
         "update": (
+            Tensor("gradient", matrix.shape, "recast", "workspace"),
             Tensor("nesterov", matrix.shape, "state", "workspace"),
             Tensor("x", matrix.shape, "bf16", "workspace"),
             Tensor("next_x", matrix.shape, "bf16", "workspace"),

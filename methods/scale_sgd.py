@@ -65,7 +65,7 @@ def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, t
     return {
         "update": (
             Tensor("rms", (length,), "fp32", "workspace"),
-            Tensor("gradient_fp32", matrix.shape, "upcast", "workspace"),
+            Tensor("gradient_fp32", matrix.shape, "mixed", "workspace"),
         )
     }
 

@@ -108,7 +108,7 @@ def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, t
     return {
         "update": (
             Tensor("step", shape, "state", "workspace"),
-            Tensor("gradient", shape, "recast", "workspace"),
+            Tensor("step_cast", shape, "downcast", "workspace"),
         ),
         "clip": (
             Tensor("bound", shape, "state", "workspace"),

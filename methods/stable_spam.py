@@ -88,7 +88,7 @@ def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, t
             Tensor("product", shape, "weight", "workspace"),
             Tensor("mask", shape, "uint8", "workspace"),
         ),
-        "update:norm": (clipped, Tensor("clipped_fp32", shape, "upcast", "workspace")),
+        "update:norm": (clipped, Tensor("clipped_fp32", shape, "mixed", "workspace")),
         "update:step": (
             Tensor("denominator", shape, "state", "workspace"),
             Tensor("step", shape, "state", "workspace"),

@@ -336,18 +336,18 @@ class _Layer:
         first, second = ops.half(self.graph, x), ops.half(self.graph, x)
         return ops.concatenate(self.graph, ops.scale(self.graph, second, "neg"), first)
 
+    def _activated(self, gate: Value) -> Value:
+        return gate if self.shape.activation == "linear" else ops.pointwise(self.graph, gate, "act")
+
     def _mlp(self, x: Value) -> Value:
         graph = self.graph
         if self.shape.fused:
             both = self._project(x, "gate_up")
             gate, up = ops.half(graph, both), ops.half(graph, both)
-            hidden = ops.mul(graph, up, ops.pointwise(graph, gate, "act"), "gated")
+            hidden = ops.mul(graph, up, self._activated(gate), "gated")
             del both, gate, up
         else:
-            hidden = ops.mul(
-                graph,
-                ops.pointwise(graph, self._project(x, "gate"), "act"),
-                self._project(x, "up"),
-                "gated",
-            )
+            gate = self._activated(self._project(x, "gate"))
+            hidden = ops.mul(graph, gate, self._project(x, "up"), "gated")
+            del gate
         return self._project(hidden, "down")

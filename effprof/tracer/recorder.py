@@ -19,21 +19,25 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from effprof.tape import Tape
 
 Rule = Callable[["FakeRecorder", Any, Sequence[Any], Mapping[str, Any]], Any]
+Beside = Callable[[Sequence[Any], Any], Sequence[tuple[int, str]]]
+_POINTWISE = torch.Tag.pointwise
 HOST = "host"  # the role of what a GPU run keeps in the CPU's memory
 
 
 class FakeRecorder(FakeTensorMode):
-    """A fake-tensor mode that writes a tape. ``rules`` replace operations by their overload.
+    """A fake-tensor mode that writes a tape. ``rules`` replace operations by their overload;
+    ``beside`` says what pointwise operations hold for a moment, by their arguments and result.
 
     A storage counts from the operation that returns it to its last reference. ``label`` of an
     event is the module that ran and the operation; in backward the module whose forward made the
     node that runs.
     """
 
-    def __init__(self, rules: Mapping[Any, Rule]) -> None:
+    def __init__(self, rules: Mapping[Any, Rule], beside: Beside | None = None) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self.tape = Tape()
         self.rules = rules
+        self.beside = beside
         self.questions: dict[str, int] = {}
         self._alive: dict[int, tuple[weakref.ref[Any], int]] = {}
         self._beside: dict[int, list[int]] = {}
@@ -66,6 +70,8 @@ class FakeRecorder(FakeTensorMode):
             makes = self._makes[func] = any(one.alias_info is None for one in func._schema.returns)
         if makes:
             self.note(out, func)
+        if self.beside is not None and _POINTWISE in func.tags:
+            self.scratch(self.beside(args, out))
         if self._phase[1] == "backward":
             self._watch_recomputation(begun)
         return out

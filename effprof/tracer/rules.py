@@ -5,6 +5,7 @@ Each rule stands for one operation's overload; it runs the operation and says wh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,9 @@ def rules(plan: Plan, gpu: Gpu) -> dict[Any, Rule]:
         aten._linalg_svd.default: _svd,
         aten.add.Tensor: _engine_sum,
     }
-    if plan.device == "cuda":
+    if plan.device == "cpu":
+        found[aten.linalg_vector_norm.default] = _norm
+    else:
         found |= {
             aten._scaled_dot_product_flash_attention_for_cpu.default: _attention(plan, gpu),
             aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward(
@@ -38,6 +41,30 @@ def rules(plan: Plan, gpu: Gpu) -> dict[Any, Rule]:
             aten.embedding_dense_backward.default: _embedding_backward,
         }
     return found
+
+
+def casts(args: _Args, out: Any) -> list[tuple[int, str]]:
+    """TensorIterator on the CPU: operands, and a result in place, that are not of the common dtype
+    are held in it.
+    """
+    floats = [one for one in args if isinstance(one, Tensor) and one.is_floating_point()]
+    tensors = [one for one in floats if one.dim()]  # a scalar tensor takes the others' dtype
+    if len({one.dtype for one in tensors}) < 2 or not isinstance(out, Tensor):
+        return []
+    common = functools.reduce(torch.promote_types, (one.dtype for one in tensors))
+    mixed = [one for one in tensors if one.dtype != common]
+    if any(out is one for one in mixed):
+        mixed.append(out)
+    return [(one.numel() * common.itemsize, "cast") for one in mixed]
+
+
+def _norm(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
+    """The CPU's norm reads a copy in the dtype it sums in."""
+    out = recorder.run(func, args, kwargs)
+    recorder.note(out, func)
+    if kwargs.get("dtype", args[0].dtype) != args[0].dtype:
+        recorder.scratch([(args[0].numel() * out.element_size(), "norm_input")])
+    return out
 
 
 def _scalar(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Any:

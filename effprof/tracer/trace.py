@@ -23,7 +23,7 @@ from effprof.step import Step, work_out
 from effprof.tape import Tape
 from effprof.tracer.recorder import HOST, FakeRecorder
 from effprof.tracer.repeat import MicroSteps
-from effprof.tracer.rules import rules
+from effprof.tracer.rules import casts, rules
 from effprof.trainer.build import arranged, trained_parameters
 from effprof.trainer.data import Batch
 from effprof.trainer.layer import MethodLinear
@@ -57,7 +57,7 @@ def trace(plan: Plan) -> Trace:
     began = time.perf_counter()
     card = gpus.gpu(plan.gpu) if plan.gpu else gpus.DEFAULT
     step = work_out(plan)
-    recorder = FakeRecorder(rules(plan, card))
+    recorder = FakeRecorder(rules(plan, card), casts if plan.device == "cpu" else None)
     with _quiet(plan), _no_collector():
         _run(step, card, recorder)
     memory = measure(plan, recorder.finished(), card)
