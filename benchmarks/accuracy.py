@@ -166,14 +166,21 @@ def show(rows: list[dict[str, Any]]) -> bool:
         _line(name, members)
     print("\nworst ten")
     for row in sorted(rows, key=lambda one: -abs(one["error"]))[:10]:
-        print(f"{row['error']:+.3%}", {k: v for k, v in row.items() if k in ("model", "method", *MATRIX)})
+        print(
+            f"{row['error']:+.3%}",
+            {k: v for k, v in row.items() if k in ("model", "method", *MATRIX)},
+        )
         print("        ", row["estimated_at"], "|", row["traced_at"])
     for model in MODELS:
         times = [row["trace_seconds"] for row in rows if row["model"] == model]
         if times:
-            print(f"trace {model}: median {statistics.median(times):.1f} s, most {max(times):.1f} s")
+            print(
+                f"trace {model}: median {statistics.median(times):.1f} s, most {max(times):.1f} s"
+            )
     median, same = _summary(rows)
-    return median <= BOUNDS["median"] and _worst(rows) <= BOUNDS["worst"] and same >= BOUNDS["phase"]
+    return (
+        median <= BOUNDS["median"] and _worst(rows) <= BOUNDS["worst"] and same >= BOUNDS["phase"]
+    )
 
 
 def _summary(rows: list[dict[str, Any]]) -> tuple[float, float]:

@@ -1,8 +1,8 @@
 """PyTorch's CUDA caching allocator as a pure function of a tape's events.
 
 Constants and rules are those of torch 2.13 (c10/core/AllocatorConfig.h,
-c10/cuda/CUDACachingAllocator.cpp): one stream, no memory limit. ``expandable`` grows one address
-range per pool at its tail.
+c10/cuda/CUDACachingAllocator.cpp): one stream, no memory limit. Held against memory snapshots of
+real runs by ``benchmarks/snapshot_replay.py``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from effprof.errors import UsageError, unknown
 from effprof.units import MIB
 
 MIN_BLOCK = 512  # kMinBlockSize
@@ -19,12 +20,83 @@ SMALL_SEGMENT = 2 * MIB  # kSmallBuffer
 LARGE_SEGMENT = 20 * MIB  # large_segment_size, the default of large_segment_size_mb
 MIN_LARGE = 10 * MIB  # kMinLargeAlloc: from here on a segment fits its request
 ROUND_LARGE = 2 * MIB  # kRoundLarge
+_NAMES = {"default": "", "expandable": "expandable_segments:True"}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What PYTORCH_CUDA_ALLOC_CONF sets, sizes in bytes.
+
+    Blocks of ``max_split_size`` and more are never split (None: every block may be);
+    ``large_segment`` is what a request of 1 to 10 MiB allocates, and the page of an expandable
+    segment; an oversize block may be ``non_split_rounding`` larger than the request it serves.
+    """
+
+    expandable: bool = False
+    max_split_size: int | None = None
+    large_segment: int = LARGE_SEGMENT
+    non_split_rounding: int = LARGE_SEGMENT
+
+    @classmethod
+    def of(cls, text: str) -> Settings:
+        """``default``, ``expandable``, or PYTORCH_CUDA_ALLOC_CONF's own text. Raises UsageError."""
+        values: dict[str, int] = {}
+        for part in _NAMES.get(text, text).split(",") if text != "default" else ():
+            key, _, value = part.partition(":")
+            name = key.strip()
+            if name not in _KEYS:
+                raise unknown("allocator setting", name, (*_NAMES, *_KEYS))
+            values[_KEYS[name]] = _parsed(name, value.strip())
+        found = cls(**values)  # type: ignore[arg-type]
+        if "large_segment" in values and "non_split_rounding" not in values:
+            found = cls(**{**values, "non_split_rounding": values["large_segment"]})  # type: ignore[arg-type]
+        if found.max_split_size is not None:
+            if found.expandable:
+                raise UsageError(
+                    "max_split_size_mb with expandable_segments lets reserved memory grow without "
+                    "bound (pytorch#123548).",
+                    "Leave one of them out.",
+                )
+            if found.max_split_size < found.large_segment:
+                raise UsageError(
+                    f"max_split_size_mb {found.max_split_size // MIB} is below a large segment's "
+                    f"{found.large_segment // MIB} MiB.",
+                    f"Type max_split_size_mb:{found.large_segment // MIB} or more.",
+                )
+        return found
+
+
+_KEYS = {
+    "expandable_segments": "expandable",
+    "max_split_size_mb": "max_split_size",
+    "large_segment_size_mb": "large_segment",
+    "max_non_split_rounding_mb": "non_split_rounding",
+}
+
+
+def configuration(text: str) -> str:
+    """The PYTORCH_CUDA_ALLOC_CONF of a plan's allocator."""
+    return _NAMES.get(text, text)
+
+
+def _parsed(name: str, value: str) -> int:
+    if name == "expandable_segments" and value in ("True", "False"):
+        return value == "True"
+    if name != "expandable_segments" and value.isdecimal() and int(value) > 1:
+        return int(value) * MIB
+    raise UsageError(
+        f"--allocator {name}:{value} is not understood.",
+        "Type for example --allocator expandable_segments:True or max_split_size_mb:128.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Replay:
     """What the allocator did: bytes at their peaks, and each storage's block size (0 if never
     allocated).
+
+    Reserved memory last grew at event ``reserved_event``, where ``allocated_then`` bytes were in
+    blocks. ``segments`` counts what was asked of the driver (address ranges, where expandable).
     """
 
     peak_allocated: int
@@ -32,6 +104,13 @@ class Replay:
     peak_reserved: int
     segments: int
     blocks: list[int]
+    reserved_event: int
+    allocated_then: int
+
+    @property
+    def fragmentation(self) -> float:
+        """The share of reserved memory that no block used when it last grew."""
+        return 1 - self.allocated_then / self.peak_reserved if self.peak_reserved else 0.0
 
 
 class _Block:
@@ -46,6 +125,7 @@ class _Block:
 
 
 _Pool = list[tuple[int, int, _Block]]
+Action = tuple[str, int, int, int]  # what happened, address, bytes, storage
 
 
 def round_size(size: int) -> int:
@@ -53,67 +133,111 @@ def round_size(size: int) -> int:
     return MIN_BLOCK if size < MIN_BLOCK else (size + MIN_BLOCK - 1) // MIN_BLOCK * MIN_BLOCK
 
 
-def segment_size(size: int) -> int:
+def segment_size(size: int, large_segment: int = LARGE_SEGMENT) -> int:
     """The segment asked of the driver for a rounded request that no free block can hold."""
     if size <= SMALL_SIZE:
         return SMALL_SEGMENT
     if size < MIN_LARGE:
-        return LARGE_SEGMENT
+        return large_segment
     return (size + ROUND_LARGE - 1) // ROUND_LARGE * ROUND_LARGE
 
 
-def replay(events: Iterable[tuple[int, int]], storages: int, *, expandable: bool = False) -> Replay:
+_DEFAULT = Settings()
+
+
+def replay(
+    events: Iterable[tuple[int, int]],
+    storages: int,
+    settings: Settings = _DEFAULT,
+    actions: list[Action] | None = None,
+) -> Replay:
     """Run a tape's events (storage, ± bytes) through the allocator.
 
-    ``storages`` is how many there are.
+    ``storages`` is how many there are. ``actions`` receives what it did, in order: segment_alloc
+    (or segment_map), alloc and free, each with its address.
     """
     small: _Pool = []
     large: _Pool = []
     held: list[_Block | None] = [None] * storages
     blocks = [0] * storages
     tails: dict[bool, _Block] = {}
+    expandable, oversize = settings.expandable, settings.max_split_size
     reserved = allocated = requested = segments = next_address = 0
-    peak_allocated = peak_requested = 0
-    for storage, change in events:
+    peak_allocated = peak_requested = grown_at = allocated_then = 0
+    for number, (storage, change) in enumerate(events):
         if change > 0:
             size = round_size(change)
             is_small = size <= SMALL_SIZE
             pool = small if is_small else large
             place = bisect_left(pool, (size,))
-            if place < len(pool):
+            if expandable and place + 1 < len(pool) and pool[place][2] is tails.get(is_small):
+                place += 1  # the tail counts as large as it could grow
+            if place < len(pool) and (
+                oversize is None or _serves(pool[place][0], size, oversize, settings)
+            ):
                 block = pool.pop(place)[2]
-            elif expandable:
-                block, grown = _grow(pool, tails, size, is_small=is_small)
-                reserved += grown
             else:
-                length = segment_size(size)
-                block = _Block(next_address, length)
-                next_address += length
-                reserved += length  # never returned: without a limit nothing asks for it back
-                segments += 1
+                if expandable:
+                    page = SMALL_SEGMENT if is_small else settings.large_segment
+                    block, grown = _grow(pool, tails, size, page, is_small=is_small)
+                    if actions is not None:
+                        end = block.address + block.size
+                        actions.append(("segment_map", end - grown, grown, -1))
+                else:
+                    grown = segment_size(size, settings.large_segment)
+                    block = _Block(next_address, grown)
+                    next_address += grown
+                    segments += 1
+                    if actions is not None:
+                        actions.append(("segment_alloc", block.address, grown, -1))
+                reserved += grown  # never returned: without a limit nothing asks for it back
+                grown_at, allocated_then = number, -1
             rest = block.size - size
-            if rest >= MIN_BLOCK if is_small or expandable else rest > SMALL_SIZE:
+            if is_small or expandable:
+                splits = rest >= MIN_BLOCK
+            else:
+                splits = rest > SMALL_SIZE and (oversize is None or size < oversize)
+            if splits:
                 _split(block, size, pool, tails if expandable else None, is_small=is_small)
             block.free = False
             held[storage] = block
             blocks[storage] = block.size
             allocated += block.size
             requested += change
+            if allocated_then < 0:
+                allocated_then = allocated
             if allocated > peak_allocated:
                 peak_allocated = allocated
             if requested > peak_requested:
                 peak_requested = requested
+            if actions is not None:
+                actions.append(("alloc", block.address, change, storage))
         elif change:
             freed = held[storage]
             assert freed is not None, f"storage {storage} freed before it was allocated"
             held[storage] = None
             allocated -= freed.size
             requested += change
+            if actions is not None:
+                actions.append(("free", freed.address, -change, storage))
             pool = small if -change <= SMALL_SIZE else large  # the pool follows the request
             _release(freed, pool, tails)
-    if expandable:
-        segments = len(tails)
-    return Replay(peak_allocated, peak_requested, reserved, segments, blocks)
+    return Replay(
+        peak_allocated,
+        peak_requested,
+        reserved,
+        len(tails) if expandable else segments,
+        blocks,
+        grown_at,
+        allocated_then,
+    )
+
+
+def _serves(block: int, size: int, oversize: int, settings: Settings) -> bool:
+    """Whether the best fit may be taken: large blocks are kept for large requests, nearly whole."""
+    if size < oversize:
+        return block < oversize
+    return block < size + settings.non_split_rounding
 
 
 def _split(
@@ -153,10 +277,9 @@ def _release(block: _Block, pool: _Pool, tails: dict[bool, _Block]) -> None:
 
 
 def _grow(
-    pool: _Pool, tails: dict[bool, _Block], size: int, *, is_small: bool
+    pool: _Pool, tails: dict[bool, _Block], size: int, page: int, *, is_small: bool
 ) -> tuple[_Block, int]:
     """Map pages at the end of a pool's address range until its last block holds ``size``."""
-    page = SMALL_SEGMENT if is_small else LARGE_SEGMENT
     tail = tails.get(is_small)
     if tail is not None and tail.free:
         del pool[bisect_left(pool, (tail.size, tail.address))]

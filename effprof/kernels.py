@@ -55,7 +55,10 @@ class Attention:
         if kernel == "flash":
             length = _multiple(self.seq_len, 128)
             width = _multiple(self.head_dim, 32 if self.head_dim <= 128 else 64)
-            found = [(4 * queries * length, "softmax_d"), (4 * queries * length * width, "dq_accum")]
+            found = [
+                (4 * queries * length, "softmax_d"),
+                (4 * queries * length * width, "dq_accum"),
+            ]
             if self.heads != self.kv_heads:
                 expanded = self.itemsize * queries * self.seq_len * self.head_dim
                 found += [(expanded, "dk_expanded"), (expanded, "dv_expanded")]

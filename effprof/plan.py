@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from effprof import registry
+from effprof.allocator import Settings
 from effprof.errors import UsageError, unknown
 from effprof.model import Architecture, architecture
 from effprof.recipe import Recipe, Size, preset_of, resolve
@@ -27,7 +28,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rows": ("packed", "packed-isolated", "padded"),
     "zero_grad": ("none", "zero"),
     "optimizer_impl": ("fused", "foreach", "loop"),
-    "allocator": ("default", "expandable"),
     "device": ("cuda", "cpu"),
     "parallel": ("none", "ddp", "fsdp"),
 }
@@ -102,6 +102,7 @@ class Plan:
             value = getattr(self, name)
             if value not in known and not (name in ("optimizer_impl", "state_dtype") and not value):
                 raise unknown(flag(name), str(value), known)
+        Settings.of(self.allocator)
         for name in ("micro_batch", "seq_len", "gpus"):
             _positive(name, getattr(self, name))
         for name in ("grad_accum", "global_batch", "rank", "tokens"):

@@ -66,7 +66,8 @@ def _plan_flags(
     ] = None,
     compile: Annotated[bool | None, _option("torch.compile the model.", "--compile")] = None,
     allocator: Annotated[
-        str | None, _option("CUDA allocator: default or expandable. [default]")
+        str | None,
+        _option("default, expandable, or as PYTORCH_CUDA_ALLOC_CONF. [default]"),
     ] = None,
     device: Annotated[str | None, _option("cuda or cpu.")] = None,
     gpu: Annotated[str | None, _option("A card's name, or mem=24GB.")] = None,

@@ -50,8 +50,7 @@ class Estimate:
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON document of DESIGN section 4: sizes in bytes, FLOPs per optimizer update."""
-        peak, step, count = self.memory.peak, self.step, self.flops
-        cuda = self.memory.reserved is not None
+        step, count = self.step, self.flops
         return {
             "schema": SCHEMA,
             "plan": self.plan.as_dict(),
@@ -63,15 +62,7 @@ class Estimate:
             "paper": None
             if self.paper is None
             else {"model_states": self.paper[0], "convention": self.paper[1]},
-            "memory": {
-                **peak.by_role,
-                "peak_phase": peak.phase,
-                "peak_update": peak.update,
-                "peak_allocated": peak.size,
-                "peak_reserved": self.memory.reserved if cuda else None,
-                "context": self.memory.context if cuda else None,
-                "process_total": self.memory.process_total,
-            },
+            "memory": self.memory.as_dict(),
             "resident": step.resident(),
             "flops": {
                 "forward_per_token": round(count.forward_per_token),

@@ -6,9 +6,11 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from effprof import allocator
 from effprof import tape as tapes
+from effprof.allocator import Replay
 from effprof.estimator.autograd import Graph
 from effprof.estimator.updates import Run
 from effprof.gpus import DEFAULT, Gpu
@@ -23,10 +25,35 @@ class Memory:
 
     peak: Peak
     requested: int
-    reserved: int | None
+    replay: Replay | None
     context: int | None
     tape: Tape
-    blocks: list[int] | None
+
+    @property
+    def reserved(self) -> int | None:
+        """What max_memory_reserved would say."""
+        return None if self.replay is None else self.replay.peak_reserved
+
+    @property
+    def blocks(self) -> list[int] | None:
+        """Each storage's size in the allocator, unsplit tail included."""
+        return None if self.replay is None else self.replay.blocks
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON object: bytes by role at the peak, and what lies above them."""
+        peak, replay = self.peak, self.replay
+        return {
+            **peak.by_role,
+            "peak_phase": peak.phase,
+            "peak_update": peak.update,
+            "peak_allocated": peak.size,
+            "peak_reserved": self.reserved,
+            "context": self.context,
+            "process_total": self.process_total,
+            "peak_requested": self.requested,
+            "segments": None if replay is None else replay.segments,
+            "fragmentation": None if replay is None else replay.fragmentation,
+        }
 
     @property
     def process_total(self) -> int | None:
@@ -46,13 +73,10 @@ def measure(plan: Plan, tape: Tape, gpu: Gpu = DEFAULT) -> Memory:
     """Replay a plan's tape, wherever it comes from, as the plan's device would run it."""
     if plan.device == "cpu":
         peak = tapes.peak(tape)
-        return Memory(peak, peak.size, None, None, tape, None)
-    expandable = plan.allocator == "expandable"
-    replay = allocator.replay(tape.events, len(tape.roles), expandable=expandable)
+        return Memory(peak, peak.size, None, None, tape)
+    replay = allocator.replay(tape.events, len(tape.roles), allocator.Settings.of(plan.allocator))
     peak = tapes.peak(tape, replay.blocks)
-    return Memory(
-        peak, replay.peak_requested, replay.peak_reserved, gpu.context, tape, replay.blocks
-    )
+    return Memory(peak, replay.peak_requested, replay, gpu.context, tape)
 
 
 def synthesize(step: Step, gpu: Gpu = DEFAULT) -> Tape:

@@ -50,9 +50,7 @@ class FakeRecorder(FakeTensorMode):
         self._first = 0
         self._recomputed: list[int] = []
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._depth:  # a decomposition inside an operation: a kernel does it in one
             return super().__torch_dispatch__(func, types, args, kwargs)
         self._depth = 1

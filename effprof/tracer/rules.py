@@ -150,9 +150,7 @@ def _attention_backward(plan: Plan, gpu: Gpu) -> Rule:
     return rule
 
 
-def _embedding_backward(
-    recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs
-) -> Tensor:
+def _embedding_backward(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Tensor:
     out: Tensor = recorder.run(func, args, kwargs)
     recorder.note(out, func)
     gradient, indices, vocab = args[:3]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from effprof.allocator import configuration
 from effprof.errors import NoDeviceError
 from effprof.plan import Plan
 from effprof.step import Step, Unit, layer_of, work_out
@@ -47,8 +48,8 @@ def resolve_device(name: str, allocator: str = "default") -> torch.device:
             raise NoDeviceError(
                 "No CUDA GPU is available here.", "Add --device cpu to run on the CPU."
             )
-        if allocator == "expandable":
-            torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        if allocator != "default":
+            torch.cuda.memory._set_allocator_settings(configuration(allocator))
     return torch.device(name)
 
 
