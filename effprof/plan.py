@@ -36,7 +36,6 @@ TARGETS = ("attention", "mlp")
 # What the flag promises and this version does not do. Refused: a flag is never silently ignored.
 _NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "master_weights": (("fp32",), "Use --dtype amp-bf16, which keeps fp32 weights."),
-    "loss": (("chunked",), "Use --loss standard."),
     "parallel": (("ddp", "fsdp"), "Use one GPU."),
 }
 
@@ -229,8 +228,24 @@ class Plan:
                 f"positions.",
                 f"Type --seq-len {self.architecture.max_positions} or less.",
             )
+        self._check_loss()
         self._check_states()
         self._check_per_layer()
+
+    def _check_loss(self) -> None:
+        if self.loss != "chunked":
+            return
+        if self.keep_logits:
+            raise UsageError(
+                "--keep-logits has no effect with --loss chunked: there are no logits to keep.",
+                "Leave --keep-logits out.",
+            )
+        if self.architecture.logit_softcap:
+            raise UsageError(
+                f"--loss chunked is not available for {self.architecture.model_type}, which caps "
+                f"its logits.",
+                "Use --loss standard.",
+            )
 
     def _check_states(self) -> None:
         if self.state_dtype == "same":
@@ -333,6 +348,15 @@ class Plan:
     def positions(self) -> int:
         """Positions in one micro-batch."""
         return self.micro_batch * self.seq_len
+
+    @property
+    def loss_rows(self) -> int:
+        """Positions whose logits a chunked loss holds at once: about as many numbers as the hidden
+        states of all, a power of two and at least 128 (a matrix product's tile).
+        """
+        shape = self.architecture
+        share = -(-self.positions // -(-shape.vocab // shape.hidden))
+        return min(max(1 << (share - 1).bit_length(), 128), self.positions)
 
     @property
     def weight_dtype(self) -> str:

@@ -82,8 +82,11 @@ class Decoder:
         hidden = self.norm(hidden, "model.norm.weight")
         graph.module = "lm_head."
         head = self.weight("model.embed_tokens.weight" if shape.tied else "lm_head.weight")
-        logits = self.linear(hidden, head, shape.vocab)
         del layer, cos, sin, mask, positions
+        if self.plan.loss == "chunked":
+            loss = self._chunked_loss(hidden, head, labels)
+            return loss, loss
+        logits = self.linear(hidden, head, shape.vocab)
         if shape.logit_softcap:
             logits = ops.scale(graph, logits, "softcap")
             logits = ops.from_result(graph, logits, "tanh")
@@ -93,6 +96,22 @@ class Decoder:
         self.casts.clear()  # autocast's copies end with its block, except what backward saved
         graph.module = ""
         return loss, logits
+
+    def _chunked_loss(self, hidden: Value, head: Value, labels: Value) -> Value:
+        graph = self.graph
+        graph.module = "loss."
+        padded = graph.allocate(labels.numel + self.plan.micro_batch, 8, "labels_padded")
+        shifted = graph.allocate(labels.numel, 8, "labels_shifted")
+        del padded
+        hidden = ops.to(graph, hidden, self.compute, "hidden_cast")
+        rows, vocab = self.plan.loss_rows, self.shape.vocab
+        on_cpu = self.plan.device == "cpu"
+        loss = ops.chunked_cross_entropy(
+            graph, hidden, head, shifted, vocab, rows, on_cpu=on_cpu
+        )
+        self.casts.clear()
+        graph.module = ""
+        return loss
 
     def _loss(self, logits: Value, labels: Value) -> Value:
         graph = self.graph

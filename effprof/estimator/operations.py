@@ -194,6 +194,63 @@ def embedding(graph: Graph, weight: Value, ids: Value, hidden: int) -> Value:
     return graph.attach(out, "embedding", (weight,), (ids,), rule)
 
 
+def chunked_cross_entropy(
+    graph: Graph,
+    hidden: Value,
+    head: Value,
+    shifted: Value,
+    vocab: int,
+    rows: int,
+    *,
+    on_cpu: bool,
+) -> Value:
+    """trainer/loss.py: loss and both gradients in forward, ``rows`` positions' logits at a time.
+
+    The gradients wait for backward, which hands them on. The CPU casts what it adds to a head of
+    another dtype.
+    """
+    compute = hidden.itemsize
+    wanted = graph.recording and (hidden.needs_grad or head.needs_grad)
+    held: list[Value | None] = [None, None]
+    if wanted and hidden.needs_grad:
+        held[0] = graph.allocate(hidden.numel, compute, "d_hidden", "activations")
+    if wanted and head.needs_grad:
+        held[1] = graph.allocate(head.numel, head.itemsize, "d_head")
+    weight = head
+    if head.itemsize != compute:
+        weight = graph.allocate(head.numel, compute, "head_cast")
+    total = graph.allocate(1, 4, "loss", "activations")
+    positions = shifted.numel
+    for start in range(0, positions, rows):
+        _chunk(graph, min(rows, positions - start), vocab, weight, held[1], on_cpu=on_cpu)
+    del weight
+
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value | None]:
+        given, held[:] = held[:], [None, None]
+        return given
+
+    return graph.attach(total, "chunked_loss", (hidden, head), (), rule)
+
+
+def _chunk(
+    graph: Graph, count: int, vocab: int, weight: Value, d_head: Value | None, *, on_cpu: bool
+) -> None:
+    """Logits in the compute dtype, in fp32, and their gradient."""
+    size = weight.itemsize
+    logits = graph.allocate(count * vocab, size, "logits")
+    if size != 4:
+        logits = graph.allocate(count * vocab, 4, "logits_fp32")
+    per_row = graph.allocate(count, 8 + 4 * 4, "per_row")
+    del per_row
+    if size != 4:
+        logits = graph.allocate(count * vocab, size, "d_logits")
+    if d_head is not None and d_head.itemsize != size:
+        product = graph.allocate(weight.numel, size, "d_head_chunk")
+        cast = graph.allocate(weight.numel, 4, "cast") if on_cpu else None
+        del product, cast
+    del logits
+
+
 def cross_entropy(graph: Graph, logits: Value, targets: Value) -> Value:
     """log_softmax over fp32 logits, then nll_loss, whose backward fills a tensor of the logits'
     size.

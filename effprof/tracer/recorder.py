@@ -88,6 +88,10 @@ class FakeRecorder(FakeTensorMode):
             self._depth = depth
 
     @property
+    def in_forward(self) -> bool:
+        return self._phase[1] == "forward"
+
+    @property
     def in_backward(self) -> bool:
         return self._phase[1] == "backward"
 
@@ -205,6 +209,17 @@ class FakeRecorder(FakeTensorMode):
         for _, index in self._alive.values():
             if index in wanted and roles[index] == "workspace":
                 roles[index] = "activations"
+
+    def role(self, tensor: Tensor) -> str:
+        """The role that a tensor's storage has so far."""
+        index = self.index_of(tensor)
+        return "" if index is None else self.tape.roles[index]
+
+    def assign(self, tensor: Tensor, role: str) -> None:
+        """Give a tensor's storage a role."""
+        index = self.index_of(tensor)
+        if index is not None:
+            self.tape.roles[index] = role
 
     def name(self, named: Mapping[str, Tensor], role: str) -> None:
         """Give the storages of these tensors their role and label."""

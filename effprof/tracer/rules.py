@@ -28,6 +28,7 @@ def rules(plan: Plan, gpu: Gpu) -> dict[Any, Rule]:
         aten._local_scalar_dense.default: _scalar,
         aten.index.Tensor: _index,
         aten._linalg_svd.default: _svd,
+        aten._to_copy.default: _cast,
         aten.add.Tensor: _engine_sum,
     }
     if plan.device == "cpu":
@@ -89,6 +90,15 @@ def _index(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> A
     (mask,) = masks
     rest = x.shape[mask.dim() :]
     return recorder.run(aten.empty.memory_format, ([mask.numel(), *rest],), {"dtype": x.dtype})
+
+
+def _cast(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
+    """A weight in another dtype: autocast keeps it to the end of its block."""
+    out = recorder.run(func, args, kwargs)
+    recorder.note(out, func)
+    if recorder.role(args[0]) == "weights" and recorder.in_forward:
+        recorder.assign(out, "activations")
+    return out
 
 
 def _svd(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Any:

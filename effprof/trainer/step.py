@@ -14,6 +14,7 @@ from effprof.errors import EffprofError
 from effprof.plan import Plan
 from effprof.trainer.data import Batch
 from effprof.trainer.layer import DTYPES
+from effprof.trainer.loss import chunked_loss
 from effprof.trainer.optimizer import MethodOptimizer
 
 
@@ -78,10 +79,14 @@ def micro_step(
 
 
 def forward(model: nn.Module, batch: Batch, plan: Plan) -> Any:
-    """The model's output with its loss, under the plan's precision and attention."""
+    """The model's output (its loss alone where that is chunked) under the plan's precision and
+    attention.
+    """
     kind = batch.ids.device.type
     amp = torch.autocast(kind, dtype=DTYPES[plan.compute_dtype], enabled=plan.amp)
     with amp, _attention(plan):
+        if plan.loss == "chunked":
+            return chunked_loss(model, batch, plan)
         return model(
             input_ids=batch.ids, labels=batch.labels, position_ids=batch.positions, use_cache=False
         )
