@@ -122,11 +122,10 @@ def transient(
     In backward W until the input's gradient is formed, then the dense gradient.
     """
     dense_weight = Tensor("dense", (matrix.rows, matrix.columns), "compute", "workspace")
-    scaled = Tensor("scaled_A", (settings.rank, matrix.columns), "compute", "workspace")
     return {
         "forward": (dense_weight,),
-        "backward": (dense_weight,),
-        "backward_weights": (dense_weight, scaled),
+        "backward_input": (dense_weight,),
+        "backward_weights": (dense_weight,),
     }
 
 

@@ -70,6 +70,9 @@ def _eager(
         scores = ops.scale(graph, scores, "softcap")
     if mask is not None:
         scores = ops.add(graph, scores, mask, "masked")
+    fused = decoder.plan.device == "cuda" and decoder.plan.compute_dtype == "fp16"
+    if not fused:  # CUDA's softmax reads fp16 and writes fp32; every other kernel is given fp32
+        scores = ops.to(graph, scores, 4, "scores_fp32")
     weights = ops.from_result(graph, scores, "softmax", itemsize=4)
     del scores
     weights = ops.to(graph, weights, value.itemsize, "attention_weights")
