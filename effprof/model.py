@@ -57,8 +57,33 @@ _TYPES: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 30.0,
     },
     "phi3": {"max_position_embeddings": 4096},
+    "mixtral": {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": None,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3_moe": {
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": None,
+    },
 }
-_WITH_ATTENTION_BIAS = ("llama", "qwen3", "gemma", "gemma2")  # on q, k, v and o, where it is set
+_EXPERTS = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}
+_WITH_ATTENTION_BIAS = (
+    "llama",
+    "qwen3",
+    "qwen3_moe",
+    "gemma",
+    "gemma2",
+)  # on q, k, v and o, where it is set
 _REQUIRED = (
     "hidden_size",
     "intermediate_size",
@@ -73,6 +98,7 @@ class Matrix:
     """One weight matrix of a linear layer: ``rows`` outputs × ``columns`` inputs.
 
     ``reads`` names the activation it multiplies: q, k and v read the same one, which is kept once.
+    ``count`` matrices of experts are one tensor, of which a token meets ``active``.
     """
 
     name: str
@@ -85,11 +111,19 @@ class Matrix:
     reads: str = ""
     bias: bool = False
     flat: bool = False
+    active: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The tensor's shape; a flat one is a vector of ``rows`` numbers."""
+        """The tensor's shape; a flat one is a vector of ``rows`` numbers, experts are stacked."""
+        if self.count > 1:
+            return (self.count, self.rows, self.columns)
         return (self.rows,) if self.flat else (self.rows, self.columns)
+
+    @property
+    def multiplied(self) -> int:
+        """Numbers that one token is multiplied by."""
+        return self.rows * self.columns * self.active
 
     @property
     def numel(self) -> int:
@@ -134,6 +168,8 @@ class Architecture:
     logit_softcap: float | None
     sliding_window: int | None
     config: Mapping[str, Any] = field(compare=False, hash=False)
+    experts: int = 0
+    active_experts: int = 0
 
     @property
     def fused(self) -> bool:
@@ -147,8 +183,8 @@ class Architecture:
 
     @property
     def head_norms(self) -> bool:
-        """Whether queries and keys are normalised per head (qwen3)."""
-        return self.model_type == "qwen3"
+        """Whether queries and keys are normalised per head (qwen3 and its experts)."""
+        return self.model_type.startswith("qwen3")
 
     @property
     def norms_per_layer(self) -> int:
@@ -177,15 +213,31 @@ class Architecture:
                 matrix("mlp.gate_up", 2 * f, h, "gate_up", "mlp_input", False),
                 matrix("mlp.down", h, f, "down", "mlp_hidden", False),
             )
-        return (
+        attention = (
             matrix("self_attn.q", q, h, "q", "attention_input", self.qkv_bias),
             matrix("self_attn.k", kv, h, "k", "attention_input", self.qkv_bias),
             matrix("self_attn.v", kv, h, "v", "attention_input", self.qkv_bias),
             matrix("self_attn.o", h, q, "o", "attention_output", self.o_bias),
+        )
+        if self.experts:
+            return attention
+        return (
+            *attention,
             matrix("mlp.gate", f, h, "gate", "mlp_input", self.mlp_bias),
             matrix("mlp.up", f, h, "up", "mlp_input", self.mlp_bias),
             matrix("mlp.down", h, f, "down", "mlp_hidden", self.mlp_bias),
         )
+
+    def expert_matrices(self, layer: int = 0) -> tuple[Matrix, ...]:
+        """The router and the stacked experts of one layer; none where its MLP is dense."""
+        if not self.experts:
+            return ()
+        h, f, path = self.hidden, self.intermediate, f"model.layers.{layer}.mlp"
+        router = Matrix(f"{path}.gate.weight", self.experts, h, "router", layer, reads="mlp_input")
+        stacked = {"kind": "expert", "count": self.experts, "active": self.active_experts}
+        up = Matrix(f"{path}.experts.gate_up_proj", 2 * f, h, reads="mlp_input", **stacked)  # type: ignore[arg-type]
+        down = Matrix(f"{path}.experts.down_proj", h, f, reads="mlp_hidden", **stacked)  # type: ignore[arg-type]
+        return router, up, down
 
     @property
     def embedding(self) -> Matrix:
@@ -219,9 +271,8 @@ class Architecture:
     @property
     def parameters(self) -> int:
         """The number of parameters, equal to transformers' own count."""
-        layer = sum(m.numel for m in self.layer_matrices()) + sum(
-            length for _, length, _ in self.layer_vectors()
-        )
+        matrices = (*self.layer_matrices(), *self.expert_matrices())
+        layer = sum(m.numel for m in matrices) + sum(n for _, n, _ in self.layer_vectors())
         ends = self.embedding.numel + (self.head.numel if self.head else 0) + self.hidden
         return self.layers * layer + ends
 
@@ -296,6 +347,12 @@ def from_config(config: Any, name: str) -> Architecture:
     sizes["num_key_value_heads"] = full["num_key_value_heads"] or full["num_attention_heads"]
     sizes["head_dim"] = _head_dim(full, name) if full["head_dim"] is None else full["head_dim"]
     sizes["max_position_embeddings"] = full["max_position_embeddings"]
+    experts = _EXPERTS.get(model_type)
+    if experts is not None:
+        for key in (experts, "num_experts_per_tok"):
+            sizes[key] = full[key]
+        if "moe_intermediate_size" in full:
+            sizes["intermediate_size"] = full["moe_intermediate_size"]
     for key, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise UsageError(
@@ -312,6 +369,8 @@ def from_config(config: Any, name: str) -> Architecture:
             f"num_key_value_heads {sizes['num_key_value_heads']} in {name!r}.",
             "Correct num_key_value_heads in config.json.",
         )
+    if experts is not None:
+        _check_experts(full, sizes[experts], name)
     bias = bool(full.get("attention_bias")) and model_type in _WITH_ATTENTION_BIAS
     # gemma2 reads hidden_activation, the others hidden_act; both gemmas are tanh-gelu unless told.
     act = full.get("hidden_activation") or full["hidden_act"]
@@ -336,7 +395,24 @@ def from_config(config: Any, name: str) -> Architecture:
         logit_softcap=full["final_logit_softcapping"] if model_type == "gemma2" else None,
         sliding_window=sliding,
         config=config,
+        experts=sizes[experts] if experts else 0,
+        active_experts=sizes["num_experts_per_tok"] if experts else 0,
     )
+
+
+def _check_experts(config: Mapping[str, Any], experts: int, name: str) -> None:
+    """Every layer must have the same experts, of which a token meets some."""
+    if config["num_experts_per_tok"] > experts:
+        raise UsageError(
+            f"num_experts_per_tok {config['num_experts_per_tok']} exceeds the {experts} experts in "
+            f"{name!r}.",
+            "Correct config.json.",
+        )
+    if experts < 2 or config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
+        raise UsageError(
+            f"{name!r} mixes layers with and without experts.",
+            "Supported: every layer with two experts or more.",
+        )
 
 
 _ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "gelu_new")

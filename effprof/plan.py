@@ -145,6 +145,12 @@ class Plan:
 
     def _resolve_method(self) -> None:
         shape = self.architecture
+        if shape.experts and "attention" not in self.targets:
+            raise UsageError(
+                f"--targets mlp leaves nothing: {shape.name}'s experts are stacked in one tensor, "
+                f"which no method takes.",
+                "Type --targets attention.",
+            )
         sizes = tuple(registry.published_sizes(self.method or registry.default(), self.update))
         found = resolve(
             self.method,
@@ -179,7 +185,8 @@ class Plan:
     def _resolve_implementation(self, chosen: Method) -> None:
         """Which of torch's AdamW runs: for the method, or for what it does not cover."""
         known = registry.rest().IMPLEMENTATIONS
-        takes_all = self.freeze_rest or chosen.covers_all
+        # Experts are one tensor of three dimensions, which no update half takes.
+        takes_all = self.freeze_rest or (chosen.covers_all and not self.architecture.experts)
         if takes_all and chosen.hosted is None:
             if self.optimizer_impl not in ("", "loop"):
                 raise UsageError(

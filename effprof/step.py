@@ -151,6 +151,7 @@ def work_out(plan: Plan) -> Step:
     """The step of a plan. Raises UsageError where a method cannot take one of the matrices."""
     shape = edited(plan)
     layer = [_linear(plan, matrix) for matrix in shape.layer_matrices()]
+    layer += [_plain(plan, matrix) for matrix in shape.expert_matrices()]
     layer += [
         _plain(plan, Matrix(name, length, 1, kind, 0, flat=True))
         for name, length, kind in shape.layer_vectors()

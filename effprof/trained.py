@@ -61,7 +61,7 @@ def trained(
         return (_one(recipe, matrix, taken, tokens, covered=True, on_cpu=on_cpu),)
     found = []
     for tensor in taken:
-        own = _own_matrix(matrix, tensor)
+        own = matrix if matrix.count > 1 else _own_matrix(matrix, tensor)
         kind = ("bias" if own.flat else "linear") if targeted else matrix.kind
         if kind not in _KINDS:
             kind = "linear"  # an untargeted projection

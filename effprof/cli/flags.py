@@ -47,7 +47,9 @@ def _plan_flags(
     attention_mask: Annotated[
         str | None, _option("none, or full as transformers 4 builds it. [none]")
     ] = None,
-    loss: Annotated[str | None, _option("standard, or chunked without whole logits. [standard]")] = None,
+    loss: Annotated[
+        str | None, _option("standard, or chunked without whole logits. [standard]")
+    ] = None,
     rows: Annotated[str | None, _option("packed, packed-isolated or padded. [packed]")] = None,
     per_layer_update: Annotated[
         bool | None,

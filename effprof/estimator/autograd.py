@@ -86,9 +86,10 @@ class Node:
 
 
 class Graph:
-    """Records operations on a tape and runs them backwards."""
+    """Records operations on a tape and runs them backwards, as the CPU does where ``on_cpu``."""
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, tape: Tape, *, on_cpu: bool = False) -> None:
+        self.on_cpu = on_cpu
         self.tape = tape
         self.events = tape.events
         self.roles = tape.roles
@@ -260,10 +261,12 @@ class Holder:
         self.value: Value | None = None
 
     def unpack(self) -> Value:
+        """The value, which is given away: torch's frame keeps it no longer either."""
         if self.value is None:
             self.frame.recompute()
-        assert self.value is not None
-        return self.value
+        found, self.value = self.value, None
+        assert found is not None
+        return found
 
 
 class _StopRecompute(Exception):  # noqa: N818 - control flow, as torch.utils.checkpoint's

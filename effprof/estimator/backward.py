@@ -96,4 +96,4 @@ def _products(unit: Unit, tokens: int, *, trained: bool, needed: bool) -> int:
     """One product for the input's gradient, one for the weight's; a layer half forms all it has."""
     if unit.layer_half:
         return unit.backward if trained or needed else 0
-    return 2 * tokens * unit.matrix.numel * (trained + needed)
+    return 2 * tokens * unit.matrix.multiplied * (trained + needed)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from effprof.estimator import operations as ops
 from effprof.estimator.attention import attend
 from effprof.estimator.autograd import Graph, Leaf, Value
+from effprof.estimator.experts import mix
 from effprof.model import Architecture, Matrix
 from effprof.plan import Plan
 from effprof.registry import INTEGERS, Tensor
@@ -105,10 +106,7 @@ class Decoder:
         del padded
         hidden = ops.to(graph, hidden, self.compute, "hidden_cast")
         rows, vocab = self.plan.loss_rows, self.shape.vocab
-        on_cpu = self.plan.device == "cpu"
-        loss = ops.chunked_cross_entropy(
-            graph, hidden, head, shifted, vocab, rows, on_cpu=on_cpu
-        )
+        loss = ops.chunked_cross_entropy(graph, hidden, head, shifted, vocab, rows)
         self.casts.clear()
         graph.module = ""
         return loss
@@ -169,7 +167,7 @@ class Decoder:
         x = ops.to(self.graph, x, self.compute, "input_cast")
         weight = self._cast(weight)
         numel = x.numel * rows // (weight.numel // rows)
-        out = ops.matmul(self.graph, x, weight, numel, "linear")
+        out = ops.matmul(self.graph, x, weight, numel, "linear", biased=bias is not None)
         if bias is None:
             return out
         return ops.add_in_place(self.graph, out, self._cast(bias))  # addmm: one output
@@ -360,9 +358,11 @@ class _Layer:
 
     def _mlp(self, x: Value) -> Value:
         graph = self.graph
+        if self.shape.experts:
+            return mix(self.decoder, x, self.index)
         if self.shape.fused:
             both = self._project(x, "gate_up")
-            gate, up = ops.half(graph, both), ops.half(graph, both)
+            gate, up = ops.split(graph, both)
             hidden = ops.mul(graph, up, self._activated(gate), "gated")
             del both, gate, up
         else:

@@ -66,7 +66,8 @@ def attention_forward(shape: Architecture, tokens: int, seq_len: int) -> int:
 def _multiplied(step: Step) -> int:
     """Weights a token is multiplied by in the dense model: the linear layers and the head."""
     shape = step.architecture
-    layer = sum(matrix.numel for matrix in shape.layer_matrices())
+    matrices = (*shape.layer_matrices(), *shape.expert_matrices())
+    layer = sum(matrix.multiplied for matrix in matrices)
     return shape.layers * layer + shape.vocab * shape.hidden
 
 
@@ -77,13 +78,13 @@ def _forward_products(unit: Unit, tokens: int) -> int:
         return 0
     if unit.layer_half:
         return sum(unit.products.forward.values())
-    return 2 * tokens * matrix.numel
+    return 2 * tokens * matrix.multiplied
 
 
 def _never_recomputed(step: Step, tokens: int) -> int:
     """Each layer's last dense product: recomputing ends before it, nothing after is saved."""
-    if step.architecture.norms_per_layer == 4:  # a norm after it saves
-        return 0
+    if step.architecture.norms_per_layer == 4 or step.architecture.experts:
+        return 0  # a norm, or the routers' weights, save after it
     last = next(unit for unit in step.layer if unit.matrix.kind == "down")
     return 0 if last.layer_half else step.architecture.layers * 2 * tokens * last.matrix.numel
 

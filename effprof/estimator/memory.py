@@ -82,7 +82,7 @@ def measure(plan: Plan, tape: Tape, gpu: Gpu = DEFAULT) -> Memory:
 def synthesize(step: Step, gpu: Gpu = DEFAULT) -> Tape:
     """The tape of build, a first update, a steady one and each periodic one the method has."""
     tape = Tape()
-    graph = Graph(tape)
+    graph = Graph(tape, on_cpu=step.plan.device == "cpu")
     run = Run(graph, step, gpu.workspace)
     for kind, number in step.plan.updates:
         run.update(kind, number)

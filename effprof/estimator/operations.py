@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from effprof.estimator.autograd import Graph, Storage, Value
+from effprof.estimator.autograd import Graph, Rule, Storage, Value
 from effprof.tape import Tape
 
 _NOWHERE = Storage(Graph(Tape()), 0, 0)
@@ -28,13 +28,24 @@ def to(graph: Graph, x: Value, itemsize: int, label: str = "to") -> Value:
     return graph.attach(graph.allocate(numel, itemsize, label), label, (x,), (), rule)
 
 
+def _common(graph: Graph, *sizes: tuple[int, int]) -> Value | None:
+    """Of (numel, itemsize) operands of several dtypes, the CPU's copies in the common one; a CUDA
+    kernel reads each as it is.
+    """
+    widest = max(itemsize for _, itemsize in sizes)
+    narrow = sum(numel for numel, itemsize in sizes if itemsize < widest)
+    return graph.allocate(narrow, widest, "cast") if graph.on_cpu and narrow else None
+
+
 def add(graph: Graph, a: Value, b: Value, label: str = "add") -> Value:
     """a + b: both receive the same gradient, no copy."""
 
     def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:
         return gradient, Value(gradient.storage, gradient.numel, gradient.itemsize)
 
+    cast = _common(graph, (a.numel, a.itemsize), (b.numel, b.itemsize))
     out = graph.allocate(max(a.numel, b.numel), max(a.itemsize, b.itemsize), label)
+    del cast
     return graph.attach(out, label, (a, b), (), rule)
 
 
@@ -50,15 +61,24 @@ def add_in_place(graph: Graph, a: Value, b: Value) -> Value:
 def mul(graph: Graph, a: Value, b: Value, label: str = "mul") -> Value:
     """a × b: each needs the other for its gradient, formed at full size before any sum."""
     numel, a_needs, b_needs = max(a.numel, b.numel), a.needs_grad, b.needs_grad
-    a_size, b_size = a.itemsize, b.itemsize
+    (a_numel, a_size), (b_numel, b_size) = (a.numel, a.itemsize), (b.numel, b.itemsize)
+
+    def product(graph: Graph, gradient: Value, other: tuple[int, int], label: str) -> Value:
+        cast = _common(graph, (gradient.numel, gradient.itemsize), other)
+        out = graph.allocate(numel, max(gradient.itemsize, other[1]), label)
+        del cast
+        return out
 
     def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value | None]:
-        d_a = graph.allocate(numel, max(gradient.itemsize, b_size), "d_self") if a_needs else None
-        d_b = graph.allocate(numel, max(gradient.itemsize, a_size), "d_other") if b_needs else None
+        # torch's generated backward goes by the arguments' names: other, then self.
+        d_b = product(graph, gradient, (a_numel, a_size), "d_other") if b_needs else None
+        d_a = product(graph, gradient, (b_numel, b_size), "d_self") if a_needs else None
         return d_a, d_b
 
     saved = [value for value, wanted in ((a, b_needs), (b, a_needs)) if wanted]
+    cast = _common(graph, (a_numel, a_size), (b_numel, b_size))
     out = graph.allocate(numel, max(a_size, b_size), label)
+    del cast
     return graph.attach(out, label, (a, b), saved, rule)
 
 
@@ -143,6 +163,22 @@ def half(graph: Graph, x: Value) -> Value:
     return graph.attach(Value(x.storage, numel // 2, x.itemsize), "slice", (x,), (), rule)
 
 
+def split(graph: Graph, x: Value) -> tuple[Value, Value]:
+    """Both halves of the last axis: views, whose gradients are joined in one new tensor."""
+    numel = x.numel // 2
+
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:
+        other = graph.allocate(numel, gradient.itemsize, "d_half")  # summed into the first so far
+        joined = graph.allocate(2 * numel, gradient.itemsize, "d_input")
+        del other
+        return (joined,)
+
+    first = graph.attach(Value(x.storage, numel, x.itemsize), "split", (x,), (), rule)
+    second = Value(x.storage, numel, x.itemsize)
+    second.needs_grad, second.node = first.needs_grad, first.node
+    return first, second
+
+
 def concatenate(graph: Graph, a: Value, b: Value) -> Value:
     """cat of two halves: backward are views of the gradient."""
 
@@ -166,20 +202,44 @@ def copy(graph: Graph, x: Value, numel: int, label: str) -> Value:
     return graph.attach(graph.allocate(numel, x.itemsize, label), label, (x,), (), rule)
 
 
-def matmul(graph: Graph, a: Value, b: Value, numel: int, label: str) -> Value:
-    """A product with ``numel`` results; each side saved for the other's gradient."""
+def matmul(
+    graph: Graph, a: Value, b: Value, numel: int, label: str, *, biased: bool = False
+) -> Value:
+    """A product with ``numel`` results; each side saved for the other's gradient.
+
+    mm's backward forms mat2's gradient before self's, addmm's (``biased``) mat1's before mat2's.
+    """
     a_needs, b_needs, sizes = a.needs_grad, b.needs_grad, (a.numel, b.numel)
 
     def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value | None]:
-        d_a = graph.allocate(sizes[0], gradient.itemsize, "d_self") if a_needs else None
-        d_b = graph.allocate(sizes[1], gradient.itemsize, "d_other") if b_needs else None
+        d_a = d_b = None
+        if a_needs and biased:
+            d_a = graph.allocate(sizes[0], gradient.itemsize, "d_self")
+        if b_needs:
+            d_b = graph.allocate(sizes[1], gradient.itemsize, "d_other")
+        if a_needs and not biased:
+            d_a = graph.allocate(sizes[0], gradient.itemsize, "d_self")
         return d_a, d_b
 
     saved = [value for value, wanted in ((a, b_needs), (b, a_needs)) if wanted]
-    # torch saves before it computes: recomputing stops here where this was the last to save.
-    out = Value(_NOWHERE, numel, a.itemsize)
-    graph.attach(out, label, (a, b), saved, rule)
-    out.storage = graph.allocate(numel, a.itemsize, label).storage
+    return late(graph, numel, a.itemsize, label, (a, b), saved, rule)
+
+
+def late(
+    graph: Graph,
+    numel: int,
+    itemsize: int,
+    label: str,
+    inputs: Sequence[Value],
+    saved: Sequence[Value],
+    rule: Rule,
+) -> Value:
+    """A result allocated after its inputs are saved, as torch does it: recomputing stops before it
+    where these were the last to save.
+    """
+    out = Value(_NOWHERE, numel, itemsize)
+    graph.attach(out, label, inputs, saved, rule)
+    out.storage = graph.allocate(numel, itemsize, label).storage
     return out
 
 
@@ -201,13 +261,10 @@ def chunked_cross_entropy(
     shifted: Value,
     vocab: int,
     rows: int,
-    *,
-    on_cpu: bool,
 ) -> Value:
     """trainer/loss.py: loss and both gradients in forward, ``rows`` positions' logits at a time.
 
-    The gradients wait for backward, which hands them on. The CPU casts what it adds to a head of
-    another dtype.
+    The gradients wait for backward, which hands them on.
     """
     compute = hidden.itemsize
     wanted = graph.recording and (hidden.needs_grad or head.needs_grad)
@@ -222,7 +279,7 @@ def chunked_cross_entropy(
     total = graph.allocate(1, 4, "loss", "activations")
     positions = shifted.numel
     for start in range(0, positions, rows):
-        _chunk(graph, min(rows, positions - start), vocab, weight, held[1], on_cpu=on_cpu)
+        _chunk(graph, min(rows, positions - start), vocab, weight, held[1])
     del weight
 
     def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value | None]:
@@ -232,9 +289,7 @@ def chunked_cross_entropy(
     return graph.attach(total, "chunked_loss", (hidden, head), (), rule)
 
 
-def _chunk(
-    graph: Graph, count: int, vocab: int, weight: Value, d_head: Value | None, *, on_cpu: bool
-) -> None:
+def _chunk(graph: Graph, count: int, vocab: int, weight: Value, d_head: Value | None) -> None:
     """Logits in the compute dtype, in fp32, and their gradient."""
     size = weight.itemsize
     logits = graph.allocate(count * vocab, size, "logits")
@@ -246,7 +301,7 @@ def _chunk(
         logits = graph.allocate(count * vocab, size, "d_logits")
     if d_head is not None and d_head.itemsize != size:
         product = graph.allocate(weight.numel, size, "d_head_chunk")
-        cast = graph.allocate(weight.numel, 4, "cast") if on_cpu else None
+        cast = _common(graph, (weight.numel, size), (d_head.numel, d_head.itemsize))
         del product, cast
     del logits
 

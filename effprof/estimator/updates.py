@@ -261,7 +261,8 @@ class Run:
         if cell.state:
             return
         outer = self.graph.module
-        self.graph.module = f"{cell.name[:-6]}{cell.trained.tensors[0].name}."
+        stem = cell.name.removesuffix(".weight")
+        self.graph.module = f"{stem}.{cell.trained.tensors[0].name}."
         for tensor in cell.trained.state:
             size = self.step.itemsize(tensor.dtype)
             cell.state.append(self.graph.allocate(tensor.numel, size, tensor.name, "optimizer"))

@@ -28,6 +28,7 @@ def rules(plan: Plan, gpu: Gpu) -> dict[Any, Rule]:
         aten._local_scalar_dense.default: _scalar,
         aten.index.Tensor: _index,
         aten._linalg_svd.default: _svd,
+        aten._grouped_mm.default: _grouped,
         aten._to_copy.default: _cast,
         aten.add.Tensor: _engine_sum,
     }
@@ -99,6 +100,20 @@ def _cast(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> An
     if recorder.role(args[0]) == "weights" and recorder.in_forward:
         recorder.assign(out, "activations")
     return out
+
+
+def _grouped(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
+    """grouped_mm, which fake tensors know in bf16 only: rows by their expert's matrix (2-D × 3-D),
+    or every expert's gradient (2-D × 2-D).
+    """
+    one, other = args[:2]
+    if one.dtype == torch.bfloat16:
+        return recorder.run(func, args, kwargs)
+    offsets = kwargs["offs"] if "offs" in kwargs else args[2]
+    shape = [one.shape[0], other.shape[-1]]
+    if other.dim() == 2:
+        shape = [offsets.shape[0], *shape]
+    return recorder.run(aten.empty.memory_format, (shape,), {"dtype": one.dtype})
 
 
 def _svd(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
