@@ -87,7 +87,7 @@ class Step:
                 sizes[tensor.role] += times * self.nbytes(tensor)
             for kept in unit.trained:
                 if not (kept.covered and self.turns):
-                    sizes["optimizer"] += times * sum(map(self.nbytes, kept.state))
+                    sizes["optimizer"] += times * sum(map(self.nbytes, self.held(kept)))
                     if self.plan.zero_grad == "zero":
                         sizes["gradients"] += times * sum(map(self.gradient_bytes, kept.tensors))
         sizes["buffers"] += sum(map(self.nbytes, model_buffers(self.plan)))
@@ -101,7 +101,14 @@ class Step:
         return sizes
 
     def _state_bytes(self, turn: Iterable[Trained]) -> int:
-        return sum(self.nbytes(tensor) for one in turn for tensor in one.state)
+        return sum(self.nbytes(tensor) for one in turn for tensor in self.held(one))
+
+    def held(self, kept: Trained) -> tuple[Tensor, ...]:
+        """States that the device holds: torch's step counters stay with the CPU unless fused."""
+        plan = self.plan
+        if plan.device == "cpu" or not kept.hosted or plan.optimizer_impl == "fused":
+            return kept.state
+        return tuple(tensor for tensor in kept.state if tensor.name != "step")
 
     @functools.cached_property
     def turns(self) -> tuple[dict[str, Trained], ...]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from effprof.estimator import operations as ops
 from effprof.estimator.autograd import Graph, Value
+from effprof.kernels import Attention
+from effprof.plan import Plan
 
 if TYPE_CHECKING:
     from effprof.estimator.decoder import Decoder
@@ -25,7 +27,10 @@ def attend(decoder: Decoder, query: Value, key: Value, value: Value, mask: Value
         query, key, value = (ops.to(graph, x, compute, "sdpa_cast") for x in (query, key, value))
         if mask is not None and groups > 1:  # grouped heads and a mask are not taken together
             key, value = (ops.copy(graph, x, x.numel * groups, "repeat_kv") for x in (key, value))
-        return _flash(decoder, query, key, value, mask)
+        shape_of = plan_attention(plan, masked=mask is not None)
+        kernel = "flash" if plan.device == "cpu" else decoder.kernel(shape_of)
+        if kernel != "math":
+            return _fused(decoder, query, key, value, mask, shape_of, kernel)
     scores_numel = plan.positions * shape.heads * plan.seq_len
     if groups > 1:
         key, value = (ops.copy(graph, x, x.numel * groups, "repeat_kv") for x in (key, value))
@@ -34,11 +39,29 @@ def attend(decoder: Decoder, query: Value, key: Value, value: Value, mask: Value
     return _math(decoder, query, key, value, scores_numel)
 
 
-def _flash(decoder: Decoder, query: Value, key: Value, value: Value, mask: Value | None) -> Value:
+def plan_attention(plan: Plan, *, masked: bool) -> Attention:
+    """What one layer asks of SDPA."""
+    shape = plan.architecture
+    itemsize = 4 if plan.compute_dtype == "fp32" else 2
+    heads = shape.heads, shape.kv_heads, shape.head_dim
+    if masked:  # repeated before, since grouped heads and a mask are not taken together
+        heads = shape.heads, shape.heads, shape.head_dim
+    return Attention(plan.micro_batch, plan.seq_len, *heads, itemsize, masked)
+
+
+def _fused(
+    decoder: Decoder,
+    query: Value,
+    key: Value,
+    value: Value,
+    mask: Value | None,
+    asked: Attention,
+    kernel: str,
+) -> Value:
     """SDPA's fused kernels: save inputs, output, log-sum-exp, and a mask as numbers."""
     graph, plan, shape = decoder.graph, decoder.plan, decoder.shape
     out = graph.allocate(query.numel, query.itemsize, "attention")
-    lse = graph.allocate(plan.positions * shape.heads, 4, "logsumexp")
+    lse = graph.allocate(asked.log_sum_exp(kernel), 4, "logsumexp")
     saved = [query, key, value, out, lse]
     if mask is not None:
         saved.append(graph.allocate(mask.numel, query.itemsize, "mask_bias"))
@@ -46,8 +69,13 @@ def _flash(decoder: Decoder, query: Value, key: Value, value: Value, mask: Value
         saved += [graph.allocate(1, 8, "philox_seed"), graph.allocate(1, 8, "philox_offset")]
     sizes = [(x.numel, x.itemsize) for x in (query, key, value)]
 
+    scratch = asked.backward(kernel) if plan.device == "cuda" else ()
+
     def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:
-        return [graph.allocate(*size, "d_qkv") for size in sizes]
+        made = [graph.allocate(*size, "d_qkv") for size in sizes]
+        held = [graph.allocate(size, 1, label) for size, label in scratch]
+        del held
+        return made
 
     out = graph.attach(out, "sdpa", (query, key, value), saved, rule)
     # The kernel's output follows the query's layout: phi3's concatenated query needs a transposed

@@ -14,6 +14,8 @@ from effprof.estimator import operations as ops
 from effprof.estimator.attention import attend
 from effprof.estimator.autograd import Graph, Leaf, Value
 from effprof.estimator.experts import mix
+from effprof.gpus import Gpu
+from effprof.kernels import Attention, embedding_backward
 from effprof.model import Architecture, Matrix
 from effprof.plan import Plan
 from effprof.registry import INTEGERS, Tensor
@@ -32,8 +34,9 @@ class Decoder:
     ``forward`` returns (loss, logits); weights are allocated on construction.
     """
 
-    def __init__(self, graph: Graph, step: Step) -> None:
+    def __init__(self, graph: Graph, step: Step, gpu: Gpu) -> None:
         self.graph = graph
+        self.gpu = gpu
         self.step = step
         self.plan: Plan = step.plan
         self.shape: Architecture = step.architecture
@@ -59,11 +62,19 @@ class Decoder:
     def weight(self, name: str) -> Value:
         return self.weights[name]["weight"]
 
+    def kernel(self, asked: Attention) -> str:
+        """The kernel that SDPA runs for it on this card."""
+        return asked.kernel(self.gpu.capability, bf16=self.plan.compute_dtype == "bf16")
+
     def forward(self, ids: Value, labels: Value) -> tuple[Value, Value]:
         """The loss of one micro-batch, and its logits."""
         graph, shape = self.graph, self.shape
         graph.module = "model."
-        hidden = ops.embedding(graph, self.weight("model.embed_tokens.weight"), ids, shape.hidden)
+        scratch: tuple[tuple[int, str], ...] = ()
+        if self.plan.device == "cuda":
+            scratch = embedding_backward(ids.numel, shape.vocab, shape.hidden)
+        table = self.weight("model.embed_tokens.weight")
+        hidden = ops.embedding(graph, table, ids, shape.hidden, scratch)
         if self.plan.checkpointing == "full" and not hidden.needs_grad:
             # transformers makes it a leaf that requires a gradient, so that layers are run again.
             hidden.needs_grad, hidden.node = True, Leaf("model.embed_tokens output")

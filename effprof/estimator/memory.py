@@ -83,7 +83,7 @@ def synthesize(step: Step, gpu: Gpu = DEFAULT) -> Tape:
     """The tape of build, a first update, a steady one and each periodic one the method has."""
     tape = Tape()
     graph = Graph(tape, on_cpu=step.plan.device == "cpu")
-    run = Run(graph, step, gpu.workspace)
+    run = Run(graph, step, gpu)
     for kind, number in step.plan.updates:
         run.update(kind, number)
     graph.close()

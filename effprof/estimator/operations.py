@@ -243,12 +243,19 @@ def late(
     return out
 
 
-def embedding(graph: Graph, weight: Value, ids: Value, hidden: int) -> Value:
-    """Rows of the embedding; backward is a dense gradient of the whole table."""
+def embedding(
+    graph: Graph, weight: Value, ids: Value, hidden: int, scratch: Sequence[tuple[int, str]]
+) -> Value:
+    """Rows of the embedding; backward is a dense gradient of the whole table, and ``scratch`` what
+    its kernel holds beside it.
+    """
     numel, itemsize = weight.numel, weight.itemsize
 
     def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:
-        return (graph.allocate(numel, itemsize, "d_weight"),)
+        made = graph.allocate(numel, itemsize, "d_weight")
+        held = [graph.allocate(size, 1, label) for size, label in scratch]
+        del held
+        return (made,)
 
     out = graph.allocate(ids.numel * hidden, itemsize, "embedding")
     return graph.attach(out, "embedding", (weight,), (ids,), rule)
@@ -272,7 +279,7 @@ def chunked_cross_entropy(
     if wanted and hidden.needs_grad:
         held[0] = graph.allocate(hidden.numel, compute, "d_hidden", "activations")
     if wanted and head.needs_grad:
-        held[1] = graph.allocate(head.numel, head.itemsize, "d_head")
+        held[1] = graph.allocate(head.numel, head.itemsize, "d_head", "activations")
     weight = head
     if head.itemsize != compute:
         weight = graph.allocate(head.numel, compute, "head_cast")

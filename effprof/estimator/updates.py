@@ -8,6 +8,7 @@ from typing import Any
 
 from effprof.estimator.autograd import Graph, Leaf, Storage, Value
 from effprof.estimator.decoder import Decoder
+from effprof.gpus import Gpu
 from effprof.model import Matrix
 from effprof.registry import Clock, Tensor, phases
 from effprof.step import Step, layer_of
@@ -44,12 +45,12 @@ class _Recording:
 class Run:
     """A model with its optimizer state, updated a few times on one graph."""
 
-    def __init__(self, graph: Graph, step: Step, workspace: int) -> None:
+    def __init__(self, graph: Graph, step: Step, gpu: Gpu) -> None:
         self.graph = graph
         self.step = step
         self.plan = step.plan
         graph.tape.mark("build", "build")
-        self.decoder = Decoder(graph, step)
+        self.decoder = Decoder(graph, step, gpu)
         self.cells = [
             _Cell(
                 name,
@@ -67,7 +68,9 @@ class Run:
             graph.on_gradient = self._update_in_backward
         # cuBLAS keeps one workspace per handle, and backward's thread has a handle of its own.
         threads = ("forward", "backward") if self.plan.device == "cuda" else ()
-        self.workspaces = [graph.allocate(workspace, 1, f"cublas_{thread}") for thread in threads]
+        self.workspaces = [
+            graph.allocate(gpu.workspace, 1, f"cublas_{thread}") for thread in threads
+        ]
 
     def update(self, kind: str, number: int) -> None:
         """The optimizer update of that number: its micro-steps, the step, zero_grad, a restart."""
@@ -263,7 +266,7 @@ class Run:
         outer = self.graph.module
         stem = cell.name.removesuffix(".weight")
         self.graph.module = f"{stem}.{cell.trained.tensors[0].name}."
-        for tensor in cell.trained.state:
+        for tensor in self.step.held(cell.trained):
             size = self.step.itemsize(tensor.dtype)
             cell.state.append(self.graph.allocate(tensor.numel, size, tensor.name, "optimizer"))
         self.graph.module = outer

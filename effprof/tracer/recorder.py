@@ -24,7 +24,7 @@ _POINTWISE = torch.Tag.pointwise
 HOST = "host"  # the role of what a GPU run keeps in the CPU's memory
 
 
-class FakeRecorder(FakeTensorMode):
+class FakeRecorder(FakeTensorMode):  # type: ignore[no-untyped-call]
     """A fake-tensor mode that writes a tape. ``rules`` replace operations by their overload;
     ``beside`` says what pointwise operations hold for a moment, by their arguments and result.
 
@@ -259,7 +259,9 @@ class FakeRecorder(FakeTensorMode):
         host = {index for index, role in enumerate(tape.roles) if role == HOST}
         if not host:
             return tape
-        kept, marks, place = [], [], 0
+        kept: list[tuple[int, int]] = []
+        marks: list[tuple[int, str, str]] = []
+        place = 0
         starts = [start for start, _, _ in tape.marks]
         for number, event in enumerate(tape.events):
             while place < len(starts) and starts[place] <= number:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from effprof.plan import Plan
 from effprof.tracer.recorder import FakeRecorder, Rule
 
 aten = torch.ops.aten
-_Args, _Kwargs = Sequence[Any], Mapping[str, Any]
+_Args: TypeAlias = Sequence[Any]
+_Kwargs: TypeAlias = Mapping[str, Any]
 
 
 def rules(plan: Plan, gpu: Gpu) -> dict[Any, Rule]:

@@ -1,4 +1,4 @@
-"""trace(plan): the plan's real step under fake tensors, as a tape, replayed as a GPU would run it."""
+"""trace(plan): the real step under fake tensors, as a tape, replayed as a GPU would run it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import gc
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from effprof import blockwise, gpus
+from effprof.estimator.attention import plan_attention
 from effprof.estimator.memory import Memory, measure
 from effprof.gpus import Gpu
 from effprof.phase import listening
@@ -58,7 +60,7 @@ def trace(plan: Plan) -> Trace:
     card = gpus.gpu(plan.gpu) if plan.gpu else gpus.DEFAULT
     step = work_out(plan)
     recorder = FakeRecorder(rules(plan, card), casts if plan.device == "cpu" else None)
-    with _quiet(plan), _no_collector():
+    with _quiet(plan), _kernel(plan, card), _no_collector():
         _run(step, card, recorder)
     memory = measure(plan, recorder.finished(), card)
     return Trace(plan, step, memory, recorder.questions, time.perf_counter() - began)
@@ -97,7 +99,8 @@ def _run(step: Step, card: Gpu, recorder: FakeRecorder) -> None:
             training_step(model, optimizer, batches, plan, on_phase=on_phase, run=run)
             del batches
             recorder.name(state_tensors(optimizer), "optimizer")
-            recorder.name(_on_host(optimizer, plan), HOST)
+            if plan.device == "cuda":
+                recorder.name(optimizer.host_states(), HOST)
 
 
 def _watch_gradients(recorder: FakeRecorder, model: nn.Module, plan: Plan) -> None:
@@ -108,7 +111,7 @@ def _watch_gradients(recorder: FakeRecorder, model: nn.Module, plan: Plan) -> No
 
     for name, parameter in model.named_parameters() if plan.per_layer_update else ():
         if parameter.requires_grad:
-            parameter.register_hook(functools.partial(hook, name))
+            parameter.register_hook(functools.partial(hook, name))  # type: ignore[no-untyped-call]
 
 
 def _materialised(model: nn.Module, plan: Plan) -> nn.Module:
@@ -146,11 +149,14 @@ def _faked(batch: Batch) -> Batch:
     return dataclasses.replace(batch, **fields)
 
 
-def _on_host(optimizer: MethodOptimizer, plan: Plan) -> dict[str, Tensor]:
-    """torch's step counters, which its AdamW keeps on the CPU unless fused."""
-    if plan.device == "cpu" or plan.optimizer_impl == "fused":
-        return {}
-    return optimizer.host_states()
+def _kernel(plan: Plan, card: Gpu) -> contextlib.AbstractContextManager[None]:
+    """SDPA's math backend where no fused kernel of the card takes the plan's attention."""
+    masked = plan.attention_mask == "full" or plan.rows == "packed-isolated"
+    asked = plan_attention(plan, masked=masked)
+    bf16 = plan.compute_dtype == "bf16"
+    if plan.device == "cpu" or asked.kernel(card.capability, bf16=bf16) != "math":
+        return contextlib.nullcontext()
+    return cast("contextlib.AbstractContextManager[None]", sdpa_kernel(SDPBackend.MATH))
 
 
 @contextlib.contextmanager

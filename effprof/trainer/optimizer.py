@@ -433,8 +433,8 @@ class MethodOptimizer(torch.optim.Optimizer):
         """Where a state tensor lives: torch reads its step counters on the CPU unless fused."""
         return torch.device("cpu") if self._counts(name, parameter) else parameter.device
 
-    def _counts(self, name: str, parameter: nn.Parameter) -> bool:
-        hosted = self._cells[parameter].trained.hosted
+    def _counts(self, name: str, parameter: Tensor) -> bool:
+        hosted = self._cells[cast("nn.Parameter", parameter)].trained.hosted
         return name == "step" and hosted and self.recipe.optimizer_impl != "fused"
 
 
