@@ -61,7 +61,7 @@ def plans(count: int, seed: int) -> Iterator[dict[str, Any]]:
             values |= {"micro_batch": batch, "seq_len": length}
             values |= {name: draw.choice(choices) for name, choices in MATRIX.items()}
             if length > 1024:  # the presets end there
-                values["model"] = draw.choice(("llama-3.2-1b", "qwen2.5-0.5b"))
+                values["model"] = draw.choice(("qwen2-0.5b", "qwen2-1b"))
             try:
                 plan = Plan(**values)
             except EffprofError:
@@ -207,7 +207,8 @@ def main() -> int:
         rows = run(against_record, list(real_plans(options.model)), 1)
         for row in sorted(rows, key=lambda one: one["method"]):
             print(
-                f"{row['method']:20}{row['traced'] / 2**20:12.3f}{row['recorded'] / 2**20:12.3f} MiB"
+                f"{row['method']:20}{row['traced'] / 2**20:12.3f}"
+                f"{row['recorded'] / 2**20:12.3f} MiB"
                 f"{row['error']:+10.4%}  {row['traced_at']} | {row['recorded_at']}"
             )
         good = _worst(rows) <= REAL_BOUND

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from effprof.errors import EffprofError as EffprofError
     from effprof.estimator.estimate import estimate as estimate
     from effprof.plan import Plan as Plan
+    from effprof.tracer.trace import trace as trace
     from effprof.trainer.apply import apply as apply
     from effprof.trainer.apply import optimizer as optimizer
     from effprof.trainer.build import build as build
@@ -23,11 +24,12 @@ _PUBLIC = {
     "apply": "effprof.trainer.apply",
     "optimizer": "effprof.trainer.apply",
     "estimate": "effprof.estimator.estimate",
+    "trace": "effprof.tracer.trace",
     "build": "effprof.trainer.build",
     "load": "effprof.trainer.export",
 }
 
-__all__ = ["EffprofError", "Plan", "apply", "build", "estimate", "load", "optimizer"]
+__all__ = ["EffprofError", "Plan", "apply", "build", "estimate", "load", "optimizer", "trace"]
 
 
 def __getattr__(name: str) -> Any:

@@ -79,6 +79,14 @@ class Step:
             if tensor.role == "weights" and (tensor.trainable or not trainable)
         )
 
+    def counts(self) -> dict[str, int]:
+        """Parameters held, trainable and targeted, as JSON has them."""
+        return {
+            "total": self.count(),
+            "trainable": self.count(trainable=True),
+            "targeted": self.count(targeted=True),
+        }
+
     def resident(self) -> dict[str, int]:
         """Requested bytes held between updates, by role."""
         sizes = dict.fromkeys(("weights", "gradients", "optimizer", "buffers"), 0)

@@ -204,20 +204,39 @@ def refuse(flags: Mapping[str, Any], names: tuple[str, ...], command: str) -> No
             )
 
 
+def read_plan(path: Path) -> Plan:
+    """The plan in a file. Raises UsageError."""
+    return from_dict(read_table(path, "plan"))
+
+
+def _printed(text: str) -> dict[str, Any]:
+    """The plan of a JSON document, as a run.toml would hold it."""
+    import json
+
+    document = json.loads(text)
+    if not isinstance(document, dict):
+        raise ValueError("it holds no object")
+    return {"plan": document["plan"]} if "schema" in document else document
+
+
 def read_table(path: Path | None, name: str) -> dict[str, Any]:
-    """One table of a run.toml; a file without tables is its plan. Raises UsageError."""
+    """One table of a run.toml, or of a document that --json printed; a file without tables is its
+    plan. Raises UsageError.
+    """
     if path is None:
         return {}
     import tomllib
 
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        document = _printed(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as problem:
         raise UsageError(
             f"Cannot read {str(path)!r}: {problem.strerror}.", "Give a run.toml."
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-        raise UsageError(f"{str(path)!r} is not TOML: {problem}.", "Give a run.toml.") from None
+    except ValueError as problem:  # what both decoders, and text that is none, raise
+        kind = "JSON" if path.suffix == ".json" else "TOML"
+        raise UsageError(f"{str(path)!r} is not {kind}: {problem}.", "Give a run.toml.") from None
     unknown_tables = document.keys() - {"plan", "train"}
     if "plan" not in document and "train" not in document:
         document, unknown_tables = {"plan": document}, set()

@@ -26,6 +26,12 @@ class Fit:
     fits: bool
     headroom: int
 
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON object: bytes."""
+        gpu = self.gpu
+        sizes = {"memory": gpu.memory, "fits": self.fits, "headroom": self.headroom}
+        return {"gpu": gpu.name, **sizes}
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -54,11 +60,7 @@ class Estimate:
         return {
             "schema": SCHEMA,
             "plan": self.plan.as_dict(),
-            "parameters": {
-                "total": step.count(),
-                "trainable": step.count(trainable=True),
-                "targeted": step.count(targeted=True),
-            },
+            "parameters": step.counts(),
             "paper": None
             if self.paper is None
             else {"model_states": self.paper[0], "convention": self.paper[1]},
@@ -73,15 +75,7 @@ class Estimate:
             },
             "time": None,
             "quality": None,
-            "fits": [
-                {
-                    "gpu": fit.gpu.name,
-                    "memory": fit.gpu.memory,
-                    "fits": fit.fits,
-                    "headroom": fit.headroom,
-                }
-                for fit in self.fits
-            ],
+            "fits": [fit.as_dict() for fit in self.fits],
             "not_modelled": list(self.not_modelled),
         }
 
@@ -91,22 +85,19 @@ def estimate(plan: Plan) -> Estimate:
     card = gpus.gpu(plan.gpu) if plan.gpu else gpus.DEFAULT
     step = work_out(plan)
     found = memory(step, card)
-    total = found.process_total
-    fits = []
-    if total is not None:
-        common = [gpu for gpu in gpus.catalog().values() if gpu.common and gpu.name != plan.gpu]
-        cards = [card, *common] if plan.gpu else common
-        # Each card's own context: a Turing card's is a fifth of an Ampere's.
-        assert found.reserved is not None
-        fits = [
-            Fit(
-                gpu,
-                found.reserved + gpu.context <= gpu.memory,
-                gpu.memory - found.reserved - gpu.context,
-            )
-            for gpu in cards
-        ]
-    return Estimate(plan, step, found, flops(step), _paper(step), tuple(fits), _not_modelled(plan))
+    fitting = fits(plan, found, card)
+    return Estimate(plan, step, found, flops(step), _paper(step), fitting, not_modelled(plan))
+
+
+def fits(plan: Plan, found: Memory, card: Gpu) -> tuple[Fit, ...]:
+    """Whether the plan's card, and each common one, holds the process; none for a CPU's plan."""
+    if found.reserved is None:
+        return ()
+    common = [gpu for gpu in gpus.catalog().values() if gpu.common and gpu.name != plan.gpu]
+    cards = [card, *common] if plan.gpu else common
+    # Each card's own context: a Turing card's is a fifth of an Ampere's.
+    room = [(gpu, gpu.memory - found.reserved - gpu.context) for gpu in cards]
+    return tuple(Fit(gpu, left >= 0, left) for gpu, left in room)
 
 
 def _paper(step: Step) -> tuple[int, str] | None:
@@ -135,7 +126,7 @@ def _paper(step: Step) -> tuple[int, str] | None:
     return 2 * numbers + 8 * indices, rule
 
 
-def _not_modelled(plan: Plan) -> tuple[str, ...]:
+def not_modelled(plan: Plan) -> tuple[str, ...]:
     found = []
     if plan.compile:
         found.append("--compile: fused kernels keep other tensors than eager ones")

@@ -14,8 +14,11 @@ from rich.text import Text
 
 from effprof import registry
 from effprof.estimator.compare import Bucket, Comparison
-from effprof.estimator.estimate import Estimate
+from effprof.estimator.estimate import Estimate, Fit
+from effprof.estimator.memory import Memory
 from effprof.model import Architecture
+from effprof.plan import Plan
+from effprof.step import Step
 from effprof.tape import ROLES
 from effprof.units import GB, duration, gib, quantity
 
@@ -49,9 +52,35 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 def show_estimate(result: Estimate) -> None:
     """The answer to: what does it need, where is the peak, which cards hold it."""
-    out, plan, peak = console(), result.plan, result.memory.peak
-    out.print(Text(_headline(result), style="bold"))
-    out.print(_describe(result))
+    out, plan = console(), result.plan
+    out.print(Text(headline(plan, result.step), style="bold"))
+    out.print(describe(plan))
+    show_memory(out, plan, result.memory)
+    if result.paper:
+        out.print(
+            f"Published tables would say {result.paper[0] / GB:.3f} GB: {result.paper[1]}.",
+            style="dim",
+        )
+    _show_flops(out, result)
+    show_verdict(out, plan, result.fits)
+    if plan.per_layer_update:
+        out.print(
+            "Each gradient is used and freed in backward: accumulation stays 1, and gradients "
+            "cannot be\nclipped by their global norm.",
+            style="dim",
+        )
+    for note in result.not_modelled:
+        out.print(f"Not modelled: {note}.", style="yellow")
+    _show_share(out, result)
+    out.print(
+        f"Next: effprof probe --model {plan.model} --method {plan.method} holds this against a "
+        f"real run."
+    )
+
+
+def show_memory(out: Console, plan: Plan, memory: Memory) -> None:
+    """Bytes by role at the peak, and the allocator's and the process's above them."""
+    peak, replay = memory.peak, memory.replay
     where = f"{peak.phase} of the {peak.update} update"
     rows = Table(box=None, pad_edge=False, header_style="bold")
     rows.add_column("at the peak")
@@ -68,53 +97,26 @@ def show_estimate(result: Estimate) -> None:
         "",
         "max_memory_allocated" if plan.device == "cuda" else "CPU allocator",
     )
-    if result.memory.reserved is not None and result.memory.context is not None:
-        fragmentation = result.memory.reserved - peak.size
+    if replay is not None and memory.context is not None and memory.process_total is not None:
+        unused = gib(replay.peak_reserved - peak.size)
         rows.add_row(
-            "reserved",
-            gib(result.memory.reserved),
-            "",
-            f"segments; {gib(fragmentation)} unused in them",
+            "reserved", gib(replay.peak_reserved), "", f"segments; {unused} unused in them"
         )
-        rows.add_row(
-            "process",
-            gib(result.total),
-            "",
-            f"with {gib(result.memory.context)} of CUDA context: what NVML shows",
-        )
+        context = f"with {gib(memory.context)} of CUDA context: what NVML shows"
+        rows.add_row("process", gib(memory.process_total), "", context)
     out.print(rows)
-    if result.paper:
-        out.print(
-            f"Published tables would say {result.paper[0] / GB:.3f} GB: {result.paper[1]}.",
-            style="dim",
-        )
-    _show_flops(out, result)
-    _show_fits(out, result)
-    if plan.per_layer_update:
-        out.print(
-            "Each gradient is used and freed in backward: accumulation stays 1, and gradients "
-            "cannot be\nclipped by their global norm.",
-            style="dim",
-        )
-    for note in result.not_modelled:
-        out.print(f"Not modelled: {note}.", style="yellow")
-    _show_share(out, result)
-    out.print(
-        f"Next: effprof probe --model {plan.model} --method {plan.method} holds this against a "
-        f"real run."
-    )
 
 
-def _headline(result: Estimate) -> str:
-    plan, step = result.plan, result.step
+def headline(plan: Plan, step: Step) -> str:
+    """The model, the method, and how many parameters there are."""
     held, dense = step.count(), step.architecture.parameters
     size = f"{quantity(held)} parameters" + (f" (dense {quantity(dense)})" if held != dense else "")
     rank = f", rank {plan.rank}" if plan.rank else ""
     return f"{plan.model} · {plan.method}{rank} · {size}"
 
 
-def _describe(result: Estimate) -> str:
-    plan = result.plan
+def describe(plan: Plan) -> str:
+    """The rest of a plan in one line."""
     parts = [
         f"{plan.micro_batch} × {plan.seq_len} positions",
         f"accumulation {plan.grad_accum}" if plan.grad_accum > 1 else "",
@@ -125,6 +127,7 @@ def _describe(result: Estimate) -> str:
         "updates in backward" if plan.per_layer_update else "",
         f"attention {plan.attention}",
         "checkpointing" if plan.checkpointing == "full" else "",
+        "chunked loss" if plan.loss == "chunked" else "",
         f"{plan.allocator} allocator" if plan.device == "cuda" else "on the CPU",
     ]
     return " · ".join(part for part in parts if part)
@@ -146,11 +149,12 @@ def _show_flops(out: Console, result: Estimate) -> None:
         )
 
 
-def _show_fits(out: Console, result: Estimate) -> None:
-    if not result.fits:
+def show_verdict(out: Console, plan: Plan, fits: Sequence[Fit]) -> None:
+    """Whether the card asked about holds the process, else which common ones do."""
+    if not fits:
         return
-    if result.plan.gpu:
-        fit = result.fits[0]
+    if plan.gpu:
+        fit = fits[0]
         verdict = (
             f"fits with {gib(fit.headroom)} to spare"
             if fit.fits
@@ -162,7 +166,7 @@ def _show_fits(out: Console, result: Estimate) -> None:
         return
     holds = [
         f"{fit.gpu.title} (+{gib(fit.headroom, 1)})".replace(" ", "\u00a0")  # wrapped whole
-        for fit in result.fits
+        for fit in fits
         if fit.fits
     ]
     out.print("Fits on: " + (", ".join(holds) if holds else "none of the common cards"))

@@ -21,6 +21,7 @@ from effprof.tape import Tape
 Rule = Callable[["FakeRecorder", Any, Sequence[Any], Mapping[str, Any]], Any]
 Beside = Callable[[Sequence[Any], Any], Sequence[tuple[int, str]]]
 _POINTWISE = torch.Tag.pointwise
+_OUTSIDE = {"forward": "loss", "update": "optimizer"}  # what runs in no module
 HOST = "host"  # the role of what a GPU run keeps in the CPU's memory
 
 
@@ -135,12 +136,12 @@ class FakeRecorder(FakeTensorMode):  # type: ignore[no-untyped-call]
     def _module(self) -> str:
         """The module that runs, or whose forward made the autograd node that runs."""
         if self._phase[1] != "backward" or torch.is_grad_enabled():
-            return self._path[-1] if self._path else ""
+            return self._path[-1] if self._path else _OUTSIDE.get(self._phase[1], "")
         node = torch._C._current_autograd_node()
         if node is None or not self._nodes:
             return "backward"
         place = bisect.bisect_right(self._nodes, node._sequence_nr()) - 1
-        return f"{self._node_paths[max(place, 0)]} backward"
+        return f"{self._node_paths[max(place, 0)] or 'loss'} backward"
 
     def scratch(self, sizes: Sequence[tuple[int, str]]) -> None:
         """Bytes that a kernel holds beside its results, freed when it returns."""

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from effprof import blockwise, gpus
+from effprof import tape as tapes
 from effprof.estimator.attention import plan_attention
+from effprof.estimator.estimate import Fit, fits, not_modelled
 from effprof.estimator.memory import Memory, measure
 from effprof.gpus import Gpu
 from effprof.phase import listening
@@ -30,7 +32,7 @@ from effprof.trainer.build import arranged, trained_parameters
 from effprof.trainer.data import Batch
 from effprof.trainer.layer import MethodLinear
 from effprof.trainer.optimizer import MethodOptimizer
-from effprof.trainer.probe_child import random_batch, state_tensors
+from effprof.trainer.probe_child import random_batch
 from effprof.trainer.step import training_step
 
 SCHEMA = "effprof.trace/1"
@@ -48,10 +50,33 @@ class Trace:
     memory: Memory
     questions: dict[str, int]
     seconds: float
+    fits: tuple[Fit, ...]
 
     @property
     def tape(self) -> Tape:
         return self.memory.tape
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON document: bytes, seconds; ``at_peak`` largest first, layers taken together."""
+        peak, tape = self.memory.peak, self.tape
+        phases = [
+            {"update": s.update, "phase": s.phase, "peak": s.peak}
+            for s in tapes.spans(tape, self.memory.blocks)
+        ]
+        alive = tapes.grouped(peak.alive).most_common()
+        return {
+            "schema": SCHEMA,
+            "plan": self.plan.as_dict(),
+            "parameters": self.step.counts(),
+            "memory": self.memory.as_dict(),
+            "at_peak": [{"role": r, "label": name, "bytes": n} for (r, name), n in alive],
+            "phases": phases,
+            "events": len(tape.events),
+            "seconds": self.seconds,
+            "assumed": self.questions,
+            "fits": [fit.as_dict() for fit in self.fits],
+            "not_modelled": list(not_modelled(self.plan)),
+        }
 
 
 def trace(plan: Plan) -> Trace:
@@ -63,7 +88,8 @@ def trace(plan: Plan) -> Trace:
     with _quiet(plan), _kernel(plan, card), _no_collector():
         _run(step, card, recorder)
     memory = measure(plan, recorder.finished(), card)
-    return Trace(plan, step, memory, recorder.questions, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    return Trace(plan, step, memory, recorder.questions, seconds, fits(plan, memory, card))
 
 
 def _run(step: Step, card: Gpu, recorder: FakeRecorder) -> None:
@@ -98,7 +124,7 @@ def _run(step: Step, card: Gpu, recorder: FakeRecorder) -> None:
                 recorder.name({"input_ids": one.ids, "labels": one.labels}, "activations")
             training_step(model, optimizer, batches, plan, on_phase=on_phase, run=run)
             del batches
-            recorder.name(state_tensors(optimizer), "optimizer")
+            recorder.name(_states(optimizer, model), "optimizer")
             if plan.device == "cuda":
                 recorder.name(optimizer.host_states(), HOST)
 
@@ -112,6 +138,16 @@ def _watch_gradients(recorder: FakeRecorder, model: nn.Module, plan: Plan) -> No
     for name, parameter in model.named_parameters() if plan.per_layer_update else ():
         if parameter.requires_grad:
             parameter.register_hook(functools.partial(hook, name))  # type: ignore[no-untyped-call]
+
+
+def _states(optimizer: MethodOptimizer, model: nn.Module) -> dict[str, Tensor]:
+    """Optimizer states by the name of the tensor they belong to."""
+    names: dict[Tensor, str] = {one: name for name, one in model.named_parameters()}
+    return {
+        f"{names[parameter]}.{name}": tensor
+        for parameter, state in optimizer.state.items()
+        for name, tensor in state.items()
+    }
 
 
 def _materialised(model: nn.Module, plan: Plan) -> nn.Module:

@@ -1,0 +1,102 @@
+"""effprof trace: a plan's real step under fake tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from effprof.cli.flags import plan_from, with_plan_flags
+from effprof.errors import UsageError
+
+NAME = "trace"
+EPILOG = """\b
+Examples:
+  effprof trace --model 1b --method galore --png step.png
+  effprof trace --diff runs/a/run.toml runs/b/run.toml"""
+
+
+@with_plan_flags
+def command(
+    flags: Mapping[str, Any],
+    png: Annotated[Path | None, typer.Option(help="Draw the timeline by role.")] = None,
+    html: Annotated[Path | None, typer.Option(help="The timeline as a page to hover over.")] = None,
+    snapshot: Annotated[
+        Path | None, typer.Option(help="Write a snapshot for PyTorch's memory_viz.")
+    ] = None,
+    diff: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Two plans (run.toml, or JSON of --json): what changed.", metavar="A B"),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document and nothing else.")
+    ] = False,
+) -> int:
+    """Memory tensor by tensor, from the real code without a GPU; exit 3 when --gpu does not fit."""
+    if diff:
+        _refuse_with_diff({"--png": png, "--html": html, "--snapshot": snapshot}, flags)
+        return _difference(diff, as_json=as_json)
+    from effprof.estimator.estimate import estimate
+    from effprof.tracer.trace import trace
+
+    plan = plan_from(flags)
+    expected = estimate(plan)
+    result = trace(plan)
+    if png or html:
+        from effprof.report.plots import draw
+        from effprof.report.timeline import timeline, write_page
+
+        shown = timeline(plan, result.memory)
+        if png:
+            draw(png, shown)
+        if html:
+            write_page(html, shown)
+    if snapshot:
+        from effprof.snapshot import write
+
+        write(snapshot, result.tape, plan.allocator)
+    if as_json:
+        print(json.dumps(result.as_dict()))
+    else:
+        from effprof.report.trace import show_trace
+
+        show_trace(result, expected)
+    return 3 if plan.gpu and not result.fits[0].fits else 0
+
+
+def _refuse_with_diff(files: Mapping[str, Path | None], flags: Mapping[str, Any]) -> None:
+    """Raise UsageError for what would do nothing beside --diff."""
+    given = [name for name, path in files.items() if path]
+    given += [f"--{name.replace('_', '-')}" for name in flags]
+    if given:
+        raise UsageError(
+            f"{', '.join(given)} has no effect with --diff, which reads both plans from files.",
+            "Leave it out, or change the files.",
+        )
+
+
+def _difference(paths: tuple[Path, Path], *, as_json: bool) -> int:
+    from effprof import tape as tapes
+    from effprof.cli.flags import read_plan
+    from effprof.tracer.trace import trace
+
+    one, other = (trace(read_plan(path)) for path in paths)
+    peaks = one.memory.peak, other.memory.peak
+    found = tapes.diff(*peaks)
+    if as_json:
+        changes = [
+            {"role": c.role, "label": c.label, "before": c.before, "after": c.after} for c in found
+        ]
+        sides = {"before": one.as_dict(), "after": other.as_dict()}
+        print(json.dumps({"schema": "effprof.trace-diff/1", **sides, "changes": changes}))
+        return 0
+    from effprof.report.trace import show_difference
+
+    names = [path.stem if path.stem != "run" else path.parent.name for path in paths]
+    if names[0] == names[1]:
+        names = [str(path) for path in paths]
+    show_difference((names[0], names[1]), peaks, found)
+    return 0
