@@ -62,6 +62,7 @@ class Run:
             for one in unit.trained
         ]
         self.seen: dict[tuple[tuple[int, bool], ...], _Recording] = {}
+        self.reached: set[tuple[tuple[int, bool], ...]] = set()
         self.number = 0
         if self.plan.per_layer_update:
             self.by_leaf = {id(leaf): cell for cell in self.cells for leaf in cell.leaves}
@@ -150,8 +151,11 @@ class Run:
         leaves = [leaf for value, leaf in self._parameters() if value.needs_grad]
         key = tuple((id(leaf), leaf.gradient is not None) for leaf in leaves)
         fresh = [leaf for leaf in leaves if leaf.gradient is None]
+        again = kind == "periodic" and key in self.reached
+        if kind != "first":
+            self.reached.add(key)
         if key in self.seen:
-            self._repeat(kind, fresh, self.seen[key])
+            self._repeat(kind, fresh, self.seen[key], again=again)
             return
         first_event, first_storage = len(tape.events), len(tape.roles)
         ids = graph.allocate(self.plan.positions, 8, "input_ids", "activations")
@@ -169,9 +173,17 @@ class Run:
             span = (first_event, turn, len(tape.events))
             self.seen[key] = _Recording(span, (first_storage, len(tape.roles)), gradients)
 
-    def _repeat(self, kind: str, fresh: list[Leaf], recording: _Recording) -> None:
-        """Append a recorded micro-step's events again, with new storages for its own."""
-        tape = self.graph.tape
+    def _repeat(self, kind: str, fresh: list[Leaf], recording: _Recording, *, again: bool) -> None:
+        """Append a recorded micro-step's events again, with new storages for its own.
+
+        Where an update with every state has run it (``again``), only its gradients come: the peak
+        has been reached.
+        """
+        tape, graph = self.graph.tape, self.graph
+        if again:
+            for leaf, (_, numel, size) in zip(fresh, recording.gradients, strict=True):
+                leaf.gradient = graph.allocate(numel, size, leaf.label, "gradients")
+            return
         (start, turn, end), (first, last) = recording.events, recording.storages
         offset = len(tape.roles) - first
         events = tape.events
@@ -181,7 +193,7 @@ class Run:
         tape.roles += tape.roles[first:last]
         tape.labels += tape.labels[first:last]
         for leaf, (index, numel, size) in zip(fresh, recording.gradients, strict=True):
-            leaf.gradient = Value(Storage(self.graph, index + offset, numel * size), numel, size)
+            leaf.gradient = Value(Storage(graph, index + offset, numel * size), numel, size)
 
     def _update_in_backward(self, leaf: Leaf) -> None:
         """What ``--per-layer-update`` does when a gradient is complete: update, and free it."""

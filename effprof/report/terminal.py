@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from effprof import registry
+from effprof.estimator.advice import advise
 from effprof.estimator.compare import Bucket, Comparison
 from effprof.estimator.estimate import Estimate, Fit
 from effprof.estimator.memory import Memory
@@ -72,6 +73,9 @@ def show_estimate(result: Estimate) -> None:
     for note in result.not_modelled:
         out.print(f"Not modelled: {note}.", style="yellow")
     _show_share(out, result)
+    advice = [f"{one.flag} saves {gib(one.saving)}" for one in advise(result)]
+    if advice:
+        out.print(f"Here {', '.join(advice)} (each alone).".replace(" GiB", "\u00a0GiB"))
     out.print(
         f"Next: effprof probe --model {plan.model} --method {plan.method} holds this against a "
         f"real run."
