@@ -18,7 +18,7 @@ from effprof.recipe import Recipe, Size, preset_of, resolve
 from effprof.registry import Method, due
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "dtype": ("bf16", "amp-bf16", "amp-fp16", "fp32"),
+    "dtype": ("bf16", "fp16", "amp-bf16", "amp-fp16", "fp32"),
     "state_dtype": ("same", "fp32", "8bit"),
     "master_weights": ("none", "fp32"),
     "checkpointing": ("none", "full"),
@@ -257,7 +257,7 @@ class Plan:
     def _check_states(self) -> None:
         if self.state_dtype == "same":
             return
-        if self.state_dtype == "fp32" and self.dtype != "bf16":
+        if self.state_dtype == "fp32" and self.weight_dtype == "fp32":
             raise UsageError(
                 f"--state-dtype fp32 has no effect with --dtype {self.dtype}: the weights are "
                 f"fp32 already.",
@@ -368,7 +368,7 @@ class Plan:
     @property
     def weight_dtype(self) -> str:
         """The dtype parameters are stored in."""
-        return "bf16" if self.dtype == "bf16" else "fp32"
+        return self.dtype if self.dtype in ("bf16", "fp16") else "fp32"
 
     @property
     def compute_dtype(self) -> str:

@@ -35,7 +35,7 @@ def _plan_flags(
     seq_len: Annotated[int | None, _option("Positions per row. [256]")] = None,
     grad_accum: Annotated[int | None, _option("Micro-batches per update. [1]")] = None,
     global_batch: Annotated[int | None, _option("Rows per update over all GPUs.")] = None,
-    dtype: Annotated[str | None, _option("bf16, amp-bf16, amp-fp16 or fp32. [bf16]")] = None,
+    dtype: Annotated[str | None, _option("bf16, fp16, amp-bf16, amp-fp16, fp32. [bf16]")] = None,
     state_dtype: Annotated[
         str | None, _option("Optimizer states: same, fp32 or 8bit. [same]")
     ] = None,

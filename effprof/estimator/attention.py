@@ -101,7 +101,7 @@ def _eager(
     fused = decoder.plan.device == "cuda" and decoder.plan.compute_dtype == "fp16"
     if not fused:  # CUDA's softmax reads fp16 and writes fp32; every other kernel is given fp32
         scores = ops.to(graph, scores, 4, "scores_fp32")
-    weights = ops.from_result(graph, scores, "softmax", itemsize=4)
+    weights = ops.softmax(graph, scores, itemsize=4)
     del scores
     weights = ops.to(graph, weights, value.itemsize, "attention_weights")
     value = ops.copy(graph, value, value.numel, "value_contiguous")
@@ -124,7 +124,7 @@ def _math(decoder: Decoder, query: Value, key: Value, value: Value, numel: int) 
     del query, key
     mask = graph.allocate(decoder.plan.seq_len**2, 4, "mask")
     scores = ops.add_in_place(graph, scores, mask)
-    weights = ops.from_result(graph, scores, "softmax")
+    weights = ops.softmax(graph, scores)
     del scores, mask
     out = ops.matmul(graph, weights, value, query_numel(decoder), "attention")
     del weights, value

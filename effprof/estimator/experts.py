@@ -60,7 +60,7 @@ def _route(decoder: Decoder, x: Value, weight: Value) -> Value:
     graph.module = graph.module.removesuffix("experts.") + "gate."
     logits = decoder.linear(x, weight, shape.experts)
     itemsize = logits.itemsize
-    probabilities = ops.from_result(graph, ops.to(graph, logits, 4, "logits_fp32"), "softmax")
+    probabilities = ops.softmax(graph, ops.to(graph, logits, 4, "logits_fp32"))
     values = _top(graph, probabilities, chosen)
     del probabilities
     if shape.model_type == "mixtral" or shape.config.get("norm_topk_prob", False):

@@ -109,10 +109,26 @@ def pointwise(graph: Graph, x: Value, label: str) -> Value:
     return graph.attach(graph.allocate(x.numel, x.itemsize, label), label, (x,), (x,), rule)
 
 
+def softmax(graph: Graph, x: Value, itemsize: int = 0) -> Value:
+    """Probabilities, perhaps in another dtype; CUDA's backward multiplies gradient and result into
+    a tensor of its own (SoftMax.cu).
+    """
+    size, source, numel = itemsize or x.itemsize, x.itemsize, x.numel
+
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:
+        result = graph.allocate(numel, source, "d_input")
+        product = None if graph.on_cpu else graph.allocate(numel, size, "gradient_times_output")
+        del product
+        return (result,)
+
+    out = graph.allocate(numel, size, "softmax")
+    return graph.attach(out, "softmax", (x,), (out,), rule)
+
+
 def from_result(
     graph: Graph, x: Value, label: str, itemsize: int = 0, temporaries: int = 0
 ) -> Value:
-    """A function that saves its result: softmax, log_softmax (no temporaries), tanh.
+    """A function that saves its result: log_softmax (no temporaries), tanh.
 
     Rsqrt has two.
     """

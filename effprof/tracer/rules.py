@@ -42,6 +42,7 @@ def rules(plan: Plan, gpu: Gpu) -> dict[Any, Rule]:
                 plan, gpu
             ),
             aten.embedding_dense_backward.default: _embedding_backward,
+            aten._softmax_backward_data.default: _softmax_backward,
         }
     return found
 
@@ -174,6 +175,15 @@ def _attention_backward(plan: Plan, gpu: Gpu) -> Rule:
         return out
 
     return rule
+
+
+def _softmax_backward(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
+    """SoftMax.cu multiplies gradient and result into a tensor of its own."""
+    out = recorder.run(func, args, kwargs)
+    recorder.note(out, func)
+    size = args[0].numel() * args[0].element_size()
+    recorder.scratch([(size, "gradient_times_output")])
+    return out
 
 
 def _embedding_backward(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Tensor:

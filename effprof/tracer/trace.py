@@ -200,7 +200,7 @@ def _quiet(plan: Plan) -> Iterator[None]:
     """transformers told what a real run would find out, and 8-bit states taken as on the GPU."""
     from transformers import masking_utils
 
-    found = masking_utils.find_packed_sequence_indices
+    found, softmax = masking_utils.find_packed_sequence_indices, nn.functional.softmax
     plain = plan.rows != "packed-isolated" and plan.attention_mask == "none"
     if plan.state_dtype == "8bit":
         for name in ("exp_avg", "exp_avg_sq"):
@@ -208,10 +208,22 @@ def _quiet(plan: Plan) -> Iterator[None]:
     try:
         if plain:  # fake positions cannot say that rows are whole; a real run's do
             masking_utils.find_packed_sequence_indices = lambda *_, **__: None
+        if plan.device == "cuda" and plan.compute_dtype == "fp16":
+            nn.functional.softmax = _softmax_of_half  # type: ignore[assignment]
         with blockwise.as_on_gpu() if plan.device == "cuda" else contextlib.nullcontext():
             yield
     finally:
         masking_utils.find_packed_sequence_indices = found
+        nn.functional.softmax = softmax
+
+
+def _softmax_of_half(
+    x: Tensor, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    """CUDA's softmax reads fp16 and writes fp32; the CPU's is given a copy (SoftMax.cpp)."""
+    if x.dtype == torch.float16 and dtype == torch.float32:
+        return torch._softmax(x, dim, True)
+    return torch.softmax(x, dim, dtype=dtype)
 
 
 @contextlib.contextmanager

@@ -112,9 +112,9 @@ def _checked(name: str, value: Any) -> Any:
 
 def _check_plan(plan: Plan, clip: float) -> None:
     """What a plan may say for an estimate and a run cannot do, or would ignore."""
-    if plan.dtype == "amp-fp16":
+    if plan.compute_dtype == "fp16":
         raise UsageError(
-            "--dtype amp-fp16 needs loss scaling, which this version does not do.",
+            f"--dtype {plan.dtype} needs loss scaling, which this version does not do.",
             "Use --dtype amp-bf16 or fp32.",
         )
     if plan.per_layer_update and clip:
