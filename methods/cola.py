@@ -111,9 +111,9 @@ def backward(
 
     assert x is not None
     (reduced,) = saved
-    d_b = gradient.t() @ torch.nn.functional.silu(reduced)
     d_reduced = torch.ops.aten.silu_backward(gradient @ tensors["B"], reduced)
-    return d_reduced @ tensors["A"], {"A": d_reduced.t() @ x, "B": d_b}
+    d_x, d_a = d_reduced @ tensors["A"], d_reduced.t() @ x
+    return d_x, {"A": d_a, "B": gradient.t() @ torch.nn.functional.silu(reduced)}
 
 
 def dense(tensors: Mapping[str, TorchTensor], settings: Settings) -> None:

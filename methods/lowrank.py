@@ -132,11 +132,10 @@ def backward(
     """dB = gᵀ h, dA = (s Bᵀ g)ᵀ x, dx = (s g B) A, with h the kept product."""
     assert x is not None
     (reduced,) = saved
-    d_b = gradient.t() @ reduced
     d_reduced = gradient @ tensors["B"]
     d_reduced.mul_(settings.alpha / settings.rank)
-    d_a = d_reduced.t() @ x
-    return d_reduced @ tensors["A"], {"A": d_a, "B": d_b}
+    d_x = d_reduced @ tensors["A"]
+    return d_x, {"A": d_reduced.t() @ x, "B": gradient.t() @ reduced}
 
 
 def dense(tensors: Mapping[str, TorchTensor], settings: Settings) -> TorchTensor:

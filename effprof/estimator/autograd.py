@@ -38,7 +38,7 @@ class Storage:
 class Value:
     """A tensor without numbers: a storage seen as ``numel`` items of ``itemsize`` bytes."""
 
-    __slots__ = ("itemsize", "needs_grad", "node", "numel", "storage")
+    __slots__ = ("itemsize", "needs_grad", "node", "numel", "storage", "viewed")
 
     def __init__(self, storage: Storage, numel: int, itemsize: int) -> None:
         self.storage = storage
@@ -46,6 +46,7 @@ class Value:
         self.itemsize = itemsize
         self.needs_grad = False
         self.node: Node | Leaf | None = None
+        self.viewed = False  # a view of a tensor that autograd holds, too
 
 
 Rule = Callable[["Graph", Value, list[Value]], Sequence[Value | None]]
@@ -207,10 +208,7 @@ class Graph:
                 result, results[place] = results[place], None
                 if target is None or result is None:
                     continue
-                if target in buffers and isinstance(target, Leaf):
-                    # Gradients of a tied weight: as recorded, a third tensor beside both.
-                    buffers[target] = self._new_sum(buffers.pop(target), result)
-                elif target in buffers:
+                if target in buffers:
                     buffers[target] = self._sum(buffers.pop(target), result)
                 else:
                     buffers[target] = result
@@ -230,14 +228,9 @@ class Graph:
         return result
 
     def _sum(self, old: Value, new: Value) -> Value:
-        """The input buffer adds in place into whichever side nobody else holds."""
-        if sys.getrefcount(old.storage) <= _SOLE_OWNER:
+        """The input buffer adds in place into the first gradient if nobody else holds it."""
+        if sys.getrefcount(old.storage) <= _SOLE_OWNER and not old.viewed:
             return old
-        if sys.getrefcount(new.storage) <= _SOLE_OWNER:
-            return new
-        return self.allocate(old.numel, old.itemsize, "sum")
-
-    def _new_sum(self, old: Value, new: Value) -> Value:
         return self.allocate(old.numel, max(old.itemsize, new.itemsize), "sum")
 
     def _accumulate(self, leaf: Leaf, gradient: Value) -> None:

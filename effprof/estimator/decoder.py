@@ -232,6 +232,8 @@ class Decoder:
             throughout = self._declared(unit, "backward")
             held = self._declared(unit, "backward_input")
             d_x = graph.allocate(x_numel, gradient.itemsize, "d_input") if x_needs else None
+            if d_x is not None:
+                d_x.viewed = True  # reshaped to rows × positions
             del held
             held = self._declared(unit, "backward_weights")
             d_weights = [
@@ -323,6 +325,7 @@ class _Layer:
                     key, f"{self.path}self_attn.k_norm.weight", self.shape.head_dim
                 )
             value = self._project(x, "v")
+        query, key = (ops.heads(self.graph, x) for x in (query, key))
         query, key = self._rotate(query, key)
         out = attend(self.decoder, query, key, value, self.mask)
         del query, key, value

@@ -235,10 +235,22 @@ def matmul(
             d_b = graph.allocate(sizes[1], gradient.itemsize, "d_other")
         if a_needs and not biased:
             d_a = graph.allocate(sizes[0], gradient.itemsize, "d_self")
+        for made in (d_a, d_b):
+            if made is not None:
+                made.viewed = True  # reshaped to rows × positions, or transposed
         return d_a, d_b
 
     saved = [value for value, wanted in ((a, b_needs), (b, a_needs)) if wanted]
     return late(graph, numel, a.itemsize, label, (a, b), saved, rule)
+
+
+def heads(graph: Graph, x: Value) -> Value:
+    """positions × width seen by heads: backward copies, since the sum of gradients lies by heads."""
+
+    def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:
+        return (graph.allocate(gradient.numel, gradient.itemsize, "contiguous"),)
+
+    return graph.attach(Value(x.storage, x.numel, x.itemsize), "heads", (x,), (), rule)
 
 
 def late(

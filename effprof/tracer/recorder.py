@@ -255,8 +255,8 @@ class FakeRecorder(FakeTensorMode):  # type: ignore[no-untyped-call]
         self._node_paths.append(path)
 
     def finished(self) -> Tape:
-        """The tape, without what a GPU run keeps on the host."""
-        tape = self.tape
+        """The tape up to now, without what a GPU run keeps on the host."""
+        tape = Tape(list(self.tape.events), self.tape.roles, self.tape.labels, self.tape.marks)
         host = {index for index, role in enumerate(tape.roles) if role == HOST}
         if not host:
             return tape

@@ -6,7 +6,9 @@ Each rule stands for one operation's overload; it runs the operation and says wh
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Mapping, Sequence
+from types import FrameType
 from typing import Any, TypeAlias
 
 import torch
@@ -127,19 +129,28 @@ def _svd(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Any
 
 
 def _engine_sum(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
-    """The engine adds in place into a gradient nobody else holds; of subclasses, fake tensors
-    among them, it makes a third.
+    """The engine adds in place into the first gradient if nobody else holds it; beside a subclass,
+    as fake tensors are, it makes a third.
     """
-    one, other = args[:2]
-    in_engine = torch._C._current_autograd_node() is None and not torch.is_grad_enabled()
-    if recorder.in_backward and in_engine and one.shape == other.shape:
-        for mine in (one, other):
-            if torch._C._storage_Use_Count(mine.untyped_storage()._cdata) <= _SOLE:
-                return mine
+    one = args[0]
+    if recorder.in_backward and not torch.is_grad_enabled() and _asked_by_engine():
+        if torch._C._storage_Use_Count(one.untyped_storage()._cdata) <= _SOLE:
+            return one
     return recorder.run(func, args, kwargs)
 
 
-_SOLE = 3
+def _asked_by_engine() -> bool:
+    """Whether the engine itself asks: no Python of a model's own backward is in between."""
+    frame: FrameType | None = sys._getframe(3)
+    for _ in range(_OWN_FRAMES):
+        if frame is None or frame.f_code.co_name == "_engine_run_backward":
+            break
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_name == "_engine_run_backward"
+
+
+_SOLE = 2  # the gradient itself, and the storage as Python sees it
+_OWN_FRAMES = 2  # of torch's own wrappers around a dispatch mode
 
 
 def _shape(args: _Args, *, masked: bool) -> Attention:

@@ -86,13 +86,14 @@ def trace(plan: Plan) -> Trace:
     step = work_out(plan)
     recorder = FakeRecorder(rules(plan, card), casts if plan.device == "cpu" else None)
     with _quiet(plan), _kernel(plan, card), _no_collector():
-        _run(step, card, recorder)
-    memory = measure(plan, recorder.finished(), card)
+        tape = _run(step, card, recorder)
+    memory = measure(plan, tape, card)
     seconds = time.perf_counter() - began
     return Trace(plan, step, memory, recorder.questions, seconds, fits(plan, memory, card))
 
 
-def _run(step: Step, card: Gpu, recorder: FakeRecorder) -> None:
+def _run(step: Step, card: Gpu, recorder: FakeRecorder) -> Tape:
+    """Build and update under a recorder; the tape ends with everything that a run keeps alive."""
     plan = step.plan
     bare = arranged(step)
     batch = random_batch(plan, torch.device("cpu"))
@@ -127,6 +128,7 @@ def _run(step: Step, card: Gpu, recorder: FakeRecorder) -> None:
             recorder.name(_states(optimizer, model), "optimizer")
             if plan.device == "cuda":
                 recorder.name(optimizer.host_states(), HOST)
+        return recorder.finished()
 
 
 def _watch_gradients(recorder: FakeRecorder, model: nn.Module, plan: Plan) -> None:
