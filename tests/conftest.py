@@ -37,6 +37,15 @@ CONFIGS = {
     "gemma": {"num_key_value_heads": 1, "head_dim": 32},
     "gemma2": {"num_key_value_heads": 2, "head_dim": 32, "query_pre_attn_scalar": 32},
     "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+    },
 }
 
 

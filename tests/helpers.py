@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from effprof.phase import listening
 from effprof.plan import Plan
 from effprof.tape import Tape
 
@@ -27,7 +28,8 @@ def record(plan: Plan) -> Tape:
         def on_phase(phase: str, kind: str = kind) -> None:
             recorder.mark(kind, phase)
 
-        probe.one_update(model, optimizer, plan, torch.device("cpu"), on_phase)
+        with listening(recorder.inner):
+            probe.one_update(model, optimizer, plan, torch.device("cpu"), on_phase)
         recorder.name(pointers(probe.state_tensors(optimizer), "optimizer"))
     recorder.stop()
     return recorder.tape()

@@ -245,7 +245,7 @@ def matmul(
 
 
 def heads(graph: Graph, x: Value) -> Value:
-    """positions × width seen by heads: backward copies, since the sum of gradients lies by heads."""
+    """positions × width seen by heads: backward copies, for the summed gradient lies by heads."""
 
     def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value]:
         return (graph.allocate(gradient.numel, gradient.itemsize, "contiguous"),)

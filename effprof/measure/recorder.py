@@ -25,6 +25,7 @@ class CpuRecorder:
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._marks: list[tuple[str, str]] = []
         self._names: list[tuple[int, Names]] = []
+        self._outer = ("build", "build")
 
     def start(self) -> None:
         self._profile.start()
@@ -35,6 +36,16 @@ class CpuRecorder:
 
     def mark(self, update: str, phase: str) -> None:
         """From here on allocations belong to this phase of this kind of update."""
+        self._outer = update, phase
+        self._mark(update, phase)
+
+    def inner(self, phase: str) -> None:
+        """A part of an update begins, or (empty) ends; backward stays backward."""
+        update, outer = self._outer
+        if outer != "backward":
+            self._mark(update, phase or outer)
+
+    def _mark(self, update: str, phase: str) -> None:
         self._marks.append((update, phase))
         with record_function(_MARK):
             pass
@@ -42,7 +53,7 @@ class CpuRecorder:
     def name(self, names: Names) -> None:
         """Roles and labels of storages alive now, by data pointer."""
         self._names.append((len(self._marks) + 1, names))
-        self.mark(*self._marks[-1])
+        self._mark(*self._marks[-1])
 
     def tape(self) -> Tape:
         """The record as a tape.

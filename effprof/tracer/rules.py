@@ -133,9 +133,9 @@ def _engine_sum(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs)
     as fake tensors are, it makes a third.
     """
     one = args[0]
-    if recorder.in_backward and not torch.is_grad_enabled() and _asked_by_engine():
-        if torch._C._storage_Use_Count(one.untyped_storage()._cdata) <= _SOLE:
-            return one
+    summing = recorder.in_backward and not torch.is_grad_enabled() and _asked_by_engine()
+    if summing and torch._C._storage_Use_Count(one.untyped_storage()._cdata) <= _SOLE:
+        return one
     return recorder.run(func, args, kwargs)
 
 

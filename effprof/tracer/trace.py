@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from effprof import blockwise, gpus
 from effprof import tape as tapes
 from effprof.estimator.attention import plan_attention
+from effprof.estimator.decoder import CPU_RNG_STATE
 from effprof.estimator.estimate import Fit, fits, not_modelled
 from effprof.estimator.memory import Memory, measure
 from effprof.gpus import Gpu
@@ -203,6 +204,7 @@ def _quiet(plan: Plan) -> Iterator[None]:
     from transformers import masking_utils
 
     found, softmax = masking_utils.find_packed_sequence_indices, nn.functional.softmax
+    random_states = torch.get_rng_state, torch.set_rng_state
     plain = plan.rows != "packed-isolated" and plan.attention_mask == "none"
     if plan.state_dtype == "8bit":
         for name in ("exp_avg", "exp_avg_sq"):
@@ -210,6 +212,9 @@ def _quiet(plan: Plan) -> Iterator[None]:
     try:
         if plain:  # fake positions cannot say that rows are whole; a real run's do
             masking_utils.find_packed_sequence_indices = lambda *_, **__: None
+        if plan.device == "cpu":  # a checkpoint keeps the generator's state, which is no fake
+            torch.get_rng_state = lambda: torch.empty(CPU_RNG_STATE, dtype=torch.uint8)
+            torch.set_rng_state = lambda new_state: None
         if plan.device == "cuda" and plan.compute_dtype == "fp16":
             nn.functional.softmax = _softmax_of_half  # type: ignore[assignment]
         with blockwise.as_on_gpu() if plan.device == "cuda" else contextlib.nullcontext():
@@ -217,6 +222,7 @@ def _quiet(plan: Plan) -> Iterator[None]:
     finally:
         masking_utils.find_packed_sequence_indices = found
         nn.functional.softmax = softmax
+        torch.get_rng_state, torch.set_rng_state = random_states
 
 
 def _softmax_of_half(

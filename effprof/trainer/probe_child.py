@@ -23,6 +23,7 @@ from effprof import tape as tapes
 from effprof.errors import EffprofError
 from effprof.measure import nvml
 from effprof.measure.recorder import CpuRecorder, pointers
+from effprof.phase import listening
 from effprof.plan import Plan, from_dict
 from effprof.trainer.build import build, resolve_device
 from effprof.trainer.data import Batch, make_batch
@@ -108,7 +109,8 @@ def _measure_cpu(plan: Plan, device: torch.device, report: Callable[..., None]) 
                 recorder.name(pointers(_gradients(model), "gradients"))
             recorder.mark(kind, phase)
 
-        one_update(model, optimizer, plan, device, on_phase)
+        with listening(recorder.inner):
+            one_update(model, optimizer, plan, device, on_phase)
         recorder.name(pointers(state_tensors(optimizer), "optimizer"))
         held = most_held(held, resident(model, optimizer))
     recorder.stop()
