@@ -170,6 +170,7 @@ class Architecture:
     config: Mapping[str, Any] = field(compare=False, hash=False)
     experts: int = 0
     active_experts: int = 0
+    foreign: bool = False  # of a type that is traced and not estimated: sizes alone are true
 
     @property
     def fused(self) -> bool:
@@ -290,12 +291,29 @@ def presets() -> dict[str, dict[str, Any]]:
     return named
 
 
-@functools.cache
+_ADMITTED: dict[str, Architecture] = {}
+
+
+def supported(model_type: str) -> bool:
+    """Whether a type is written out here, layer by layer."""
+    return model_type in _TYPES
+
+
+def admit(model: str, shape: Architecture) -> None:
+    """Let a model's name stand for this architecture."""
+    _ADMITTED[model] = shape
+
+
 def architecture(model: str) -> Architecture:
     """The architecture of a preset name or of a path to a config.json (or its folder).
 
     Raises UsageError for an unknown name, an unreadable file, an unsupported type or a bad field.
     """
+    return _ADMITTED.get(model) or _architecture(model)
+
+
+@functools.cache
+def _architecture(model: str) -> Architecture:
     path = Path(model)
     preset = presets().get(model.lower().replace("_", "-"))
     if preset is None and (model.endswith(".json") or path.is_dir()):
@@ -328,7 +346,8 @@ def from_config(config: Any, name: str) -> Architecture:
     if not isinstance(model_type, str) or model_type not in _TYPES:
         raise UsageError(
             f"Model type {model_type!r} in {name!r} is not supported.",
-            f"Supported model_type values: {', '.join(_TYPES)}.",
+            f"Supported model_type values: {', '.join(_TYPES)}. `effprof trace` takes any causal "
+            f"language model of transformers.",
         )
     # A size whose default is a number may be absent, but transformers refuses it null.
     sized = {"max_position_embeddings"} | (

@@ -14,8 +14,10 @@ from effprof import registry
 from effprof import tape as tapes
 from effprof.errors import EffprofError
 from effprof.estimator.estimate import estimate
+from effprof.model import admit
 from effprof.plan import Plan
 from effprof.snapshot import read, recorded_tape, snapshot
+from effprof.tracer.foreign import stand_in
 from effprof.tracer.trace import Trace, trace
 
 
@@ -78,6 +80,56 @@ def test_architectures_trace_as_they_are_estimated(
     plan = Plan(model=configs[name], micro_batch=4, dtype=dtype, loss="chunked")
     traced, expected = trace(plan).memory, estimate(plan).memory
     assert traced.requested == pytest.approx(expected.requested, rel=3e-3)
+
+
+FOREIGN: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "olmo2": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+    "gpt_neox": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+}
+
+
+def config_of(kind: str, folder: Path, **values: Any) -> str:
+    path = folder / kind / "config.json"
+    path.parent.mkdir()
+    document = {"model_type": kind, "vocab_size": 1024, "num_attention_heads": 4, **values}
+    path.write_text(json.dumps(document))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_any_causal_language_model_of_transformers_traces(kind: str, tmp_path: Path) -> None:
+    path = config_of(kind, tmp_path, **FOREIGN[kind])
+    code, out, err = run_cli("trace", "--model", path, "--seq-len", "64", "--json")
+    assert (code, err) == (0, "")
+    document = json.loads(out)
+    assert document["memory"]["weights"] >= 2 * document["parameters"]["total"] > 0
+    method = "lomo" if kind == "gpt2" else "lowrank"  # gpt2's layers are no nn.Linear
+    code, out, _ = run_cli("trace", "--model", path, "--seq-len", "64", "--method", method)
+    assert code == 0
+    code, _, err = run_cli("estimate", "--model", path)
+    assert (code, "effprof trace" in err) == (2, True)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "galore"])
+def test_a_foreign_model_is_traced_as_a_known_one(
+    method: str, configs: dict[str, str], tmp_path: Path
+) -> None:
+    """llama, admitted as if effprof did not know it."""
+    config = json.loads(Path(configs["llama"]).read_text())
+    admit(str(tmp_path), stand_in(config, "unknown"))
+    values = {"method": method, "rank": 8} if method != "full" else {"method": method}
+    one, other = (
+        trace(Plan(model=model, micro_batch=2, **values))
+        for model in (configs["llama"], str(tmp_path))
+    )
+    assert other.memory.peak.size == one.memory.peak.size
+    assert other.parameters["total"] == one.parameters["total"]
+
+
+def test_what_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
+    code, _, err = run_cli("trace", "--model", config_of("nonesuch", tmp_path))
+    assert (code, "no causal language model" in err) == (2, True)
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from effprof.cli.flags import plan_from, with_plan_flags
+from effprof.cli.flags import plan_values, with_plan_flags
 from effprof.errors import UsageError
+from effprof.plan import from_dict
 
 NAME = "trace"
 EPILOG = """\b
@@ -40,10 +41,14 @@ def command(
         _refuse_with_diff({"--png": png, "--html": html, "--snapshot": snapshot}, flags)
         return _difference(diff, as_json=as_json)
     from effprof.estimator.estimate import estimate
+    from effprof.tracer.foreign import admit_config
     from effprof.tracer.trace import trace
 
-    plan = plan_from(flags)
-    expected = estimate(plan)
+    values = plan_values(flags)
+    if isinstance(values.get("model"), str):
+        admit_config(values["model"])
+    plan = from_dict(values)
+    expected = None if plan.architecture.foreign else estimate(plan)
     result = trace(plan)
     if png or html:
         from effprof.report.plots import draw

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from effprof import gpus
+from effprof.errors import UsageError
 from effprof.estimator.flops import UpdateFlops, flops
 from effprof.estimator.memory import Memory, memory
 from effprof.gpus import Gpu
@@ -82,6 +83,11 @@ class Estimate:
 
 def estimate(plan: Plan) -> Estimate:
     """Memory, FLOPs and fit of a plan, in milliseconds and without torch. Raises UsageError."""
+    if plan.architecture.foreign:
+        raise UsageError(
+            f"Models of type {plan.architecture.model_type} are not estimated.",
+            "Type effprof trace with the same flags.",
+        )
     card = gpus.gpu(plan.gpu) if plan.gpu else gpus.DEFAULT
     step = work_out(plan)
     found = memory(step, card)
@@ -131,6 +137,10 @@ def not_modelled(plan: Plan) -> tuple[str, ...]:
     if plan.compile:
         found.append("--compile: fused kernels keep other tensors than eager ones")
     shape = plan.architecture
+    if shape.foreign and plan.amp and plan.device == "cuda":
+        found.append(
+            "what CUDA's autocast runs in fp32 and the CPU's does not (layer_norm, softmax)"
+        )
     if shape.sliding_window and plan.seq_len > shape.sliding_window and plan.attention != "eager":
         found.append(
             f"the sliding-window mask ({shape.sliding_window} of {plan.seq_len} positions)"

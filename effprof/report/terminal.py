@@ -19,7 +19,6 @@ from effprof.estimator.estimate import Estimate, Fit
 from effprof.estimator.memory import Memory
 from effprof.model import Architecture
 from effprof.plan import Plan
-from effprof.step import Step
 from effprof.tape import ROLES
 from effprof.units import GB, duration, gib, quantity
 
@@ -54,7 +53,7 @@ def table(*columns: str, title: str | None = None) -> Table:
 def show_estimate(result: Estimate) -> None:
     """The answer to: what does it need, where is the peak, which cards hold it."""
     out, plan = console(), result.plan
-    out.print(Text(headline(plan, result.step), style="bold"))
+    out.print(Text(headline(plan, result.step.count()), style="bold"))
     out.print(describe(plan))
     show_memory(out, plan, result.memory)
     if result.paper:
@@ -111,9 +110,10 @@ def show_memory(out: Console, plan: Plan, memory: Memory) -> None:
     out.print(rows)
 
 
-def headline(plan: Plan, step: Step) -> str:
+def headline(plan: Plan, held: int) -> str:
     """The model, the method, and how many parameters there are."""
-    held, dense = step.count(), step.architecture.parameters
+    shape = plan.architecture
+    dense = held if shape.foreign else shape.parameters
     size = f"{quantity(held)} parameters" + (f" (dense {quantity(dense)})" if held != dense else "")
     rank = f", rank {plan.rank}" if plan.rank else ""
     return f"{plan.model} · {plan.method}{rank} · {size}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from effprof import tape as tapes
-from effprof.estimator.estimate import Estimate
+from effprof.estimator.estimate import Estimate, not_modelled
 from effprof.report.terminal import console, describe, headline, show_memory, show_verdict, table
 from effprof.tape import Change, Peak
 from effprof.units import duration, gib
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 _SHOWN = 10  # groups of tensors, or changes
 
 
-def show_trace(result: Trace, expected: Estimate) -> None:
+def show_trace(result: Trace, expected: Estimate | None) -> None:
     """The answer of ``effprof trace``."""
     out, plan, peak = console(), result.plan, result.memory.peak
-    out.print(Text(headline(plan, result.step), style="bold"))
+    out.print(Text(headline(plan, result.parameters["total"]), style="bold"))
     out.print(describe(plan))
     show_memory(out, plan, result.memory)
     rows = table("phase", "update", "peak")
@@ -35,14 +35,14 @@ def show_trace(result: Trace, expected: Estimate) -> None:
     out.print("Largest at the peak, layers taken together:")
     for (role, label), size in tapes.grouped(peak.alive).most_common(_SHOWN):
         out.print(f"  {gib(size):>10}  {role:<13}{label}", soft_wrap=True)
-    estimated = expected.memory.peak.size
-    out.print(
-        f"Traced {len(result.tape.roles):,} tensors in {duration(result.seconds)}. The estimate "
-        f"says {gib(estimated)} ({100 * (estimated / peak.size - 1):+.2f} %)."
-    )
+    line = f"Traced {len(result.tape.roles):,} tensors in {duration(result.seconds)}."
+    if expected is not None:
+        size = expected.memory.peak.size
+        line += f" The estimate says {gib(size)} ({100 * (size / peak.size - 1):+.2f} %)."
+    out.print(line)
     for question, times in result.questions.items():
         out.print(f"Assumed: {question} ({times} times).", style="yellow")
-    for note in expected.not_modelled:
+    for note in not_modelled(plan):
         out.print(f"Not modelled: {note}.", style="yellow")
     show_verdict(out, plan, result.fits)
     out.print("Next: effprof trace … --png step.png draws it; --snapshot FILE opens in memory_viz.")

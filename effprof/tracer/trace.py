@@ -24,8 +24,9 @@ from effprof.estimator.memory import Memory, measure
 from effprof.gpus import Gpu
 from effprof.phase import listening
 from effprof.plan import Plan
-from effprof.step import Step, work_out
+from effprof.step import work_out
 from effprof.tape import Tape
+from effprof.tracer.foreign import arranged_foreign, counted, trained_foreign
 from effprof.tracer.recorder import HOST, FakeRecorder
 from effprof.tracer.repeat import MicroSteps
 from effprof.tracer.rules import casts, rules
@@ -47,7 +48,7 @@ class Trace:
     """
 
     plan: Plan
-    step: Step
+    parameters: dict[str, int]
     memory: Memory
     questions: dict[str, int]
     seconds: float
@@ -68,7 +69,7 @@ class Trace:
         return {
             "schema": SCHEMA,
             "plan": self.plan.as_dict(),
-            "parameters": self.step.counts(),
+            "parameters": self.parameters,
             "memory": self.memory.as_dict(),
             "at_peak": [{"role": r, "label": name, "bytes": n} for (r, name), n in alive],
             "phases": phases,
@@ -84,28 +85,30 @@ def trace(plan: Plan) -> Trace:
     """Run a plan's updates under fake tensors and replay what they allocate."""
     began = time.perf_counter()
     card = gpus.gpu(plan.gpu) if plan.gpu else gpus.DEFAULT
-    step = work_out(plan)
     recorder = FakeRecorder(rules(plan, card), casts if plan.device == "cpu" else None)
     with _quiet(plan), _kernel(plan, card), _no_collector():
-        tape = _run(step, card, recorder)
+        tape, parameters = _run(plan, card, recorder)
     memory = measure(plan, tape, card)
     seconds = time.perf_counter() - began
-    return Trace(plan, step, memory, recorder.questions, seconds, fits(plan, memory, card))
+    return Trace(plan, parameters, memory, recorder.questions, seconds, fits(plan, memory, card))
 
 
-def _run(step: Step, card: Gpu, recorder: FakeRecorder) -> Tape:
-    """Build and update under a recorder; the tape ends with everything that a run keeps alive."""
-    plan = step.plan
-    bare = arranged(step)
+def _run(plan: Plan, card: Gpu, recorder: FakeRecorder) -> tuple[Tape, dict[str, int]]:
+    """Build and update under a recorder; the tape ends with everything that a run keeps alive.
+
+    Also how many parameters there are.
+    """
+    step = None if plan.architecture.foreign else work_out(plan)
+    bare = arranged_foreign(plan) if step is None else arranged(step)
+    parameters = counted(bare) if step is None else step.counts()
     batch = random_batch(plan, torch.device("cpu"))
     recorder.mark("build", "build")
     with recorder, listening(recorder.inner):
         model = _materialised(bare, plan)
         recorder.follow(model)
         layers = [module for module in model.modules() if isinstance(module, MethodLinear)]
-        optimizer = MethodOptimizer(
-            plan.recipe, trained_parameters(step, model), 1e-3, layers=layers
-        )
+        trained = trained_foreign(plan, model) if step is None else trained_parameters(step, model)
+        optimizer = MethodOptimizer(plan.recipe, trained, 1e-3, layers=layers)
         recorder.name(dict(model.named_parameters()), "weights")
         recorder.name(dict(model.named_buffers()), "buffers")
         _watch_gradients(recorder, model, plan)
@@ -129,7 +132,7 @@ def _run(step: Step, card: Gpu, recorder: FakeRecorder) -> Tape:
             recorder.name(_states(optimizer, model), "optimizer")
             if plan.device == "cuda":
                 recorder.name(optimizer.host_states(), HOST)
-        return recorder.finished()
+        return recorder.finished(), parameters
 
 
 def _watch_gradients(recorder: FakeRecorder, model: nn.Module, plan: Plan) -> None:

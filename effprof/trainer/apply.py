@@ -55,7 +55,7 @@ def apply(
     """
     if any(isinstance(module, MethodLinear) for module in model.modules()):
         raise UsageError("This model's layers have been swapped already.", "Load a fresh model.")
-    found = _targets(model, leave)
+    found = linear_targets(model, leave)
     recipe = resolve(method, None, rank, settings, {}, _size(model, found))
     half: Any = recipe.halves.layer
     if half is None:
@@ -70,7 +70,7 @@ def apply(
         layer.initialise(seed * 1_000_003 + index, dense)
         layer.bias = linear.bias
         made[linear] = layer
-    _edit(model, getattr(half, "edit", lambda settings: {})(recipe.layer_settings))
+    edit_model(model, getattr(half, "edit", lambda settings: {})(recipe.layer_settings))
     for parent in list(model.modules()):  # only once every layer could be made
         for leaf, child in list(parent._modules.items()):
             if child in made:
@@ -144,7 +144,7 @@ def optimizer(
         optimizer_impl=implementation or default,
     )
     built = MethodOptimizer(
-        recipe, _parameters(model, recipe, leave), lr, layers=swapped, seed=seed
+        recipe, parameters_of(model, recipe, leave), lr, layers=swapped, seed=seed
     )
     built.clock.total_updates = total_updates
     return built
@@ -175,7 +175,7 @@ def resolve_for(
     settings: dict[str, Any],
 ) -> Recipe:
     """The recipe of a method for a model, with the settings its layers were swapped with."""
-    size = _size(model, _targets(model, leave, swapped=bool(swapped)))
+    size = _size(model, linear_targets(model, leave, swapped=bool(swapped)))
     chosen = registry.method(method)
     if not swapped:
         if chosen.layer is not None:
@@ -204,8 +204,8 @@ def _refuse(recipe: Recipe, attribute: str, what: str) -> None:
             )
 
 
-def _parameters(
-    model: nn.Module, recipe: Recipe, leave: Sequence[str] | None
+def parameters_of(
+    model: nn.Module, recipe: Recipe, leave: Sequence[str] | None = None
 ) -> Iterator[tuple[tuple[nn.Parameter, ...], Trained]]:
     """What is trained together, with what is kept for it."""
     named = {parameter: name for name, parameter in model.named_parameters()}
@@ -221,7 +221,9 @@ def _parameters(
             for name, parameter in module.named_parameters(recurse=False):
                 if name != "bias":
                     named.pop(parameter, None)  # what the method itself keeps frozen
-    targeted = {linear.weight: matrix for _, linear, matrix in _targets(model, leave, swapped=True)}
+    targeted = {
+        linear.weight: matrix for _, linear, matrix in linear_targets(model, leave, swapped=True)
+    }
     for parameter, name in named.items():
         if not (parameter.requires_grad or getattr(parameter, PAUSED, False)):
             continue
@@ -266,8 +268,8 @@ def _head(model: nn.Module) -> nn.Linear | None:
     return head if isinstance(head, nn.Linear) else None
 
 
-def _targets(
-    model: nn.Module, leave: Sequence[str] | None, *, swapped: bool = False
+def linear_targets(
+    model: nn.Module, leave: Sequence[str] | None = None, *, swapped: bool = False
 ) -> list[tuple[str, nn.Linear, Matrix]]:
     """The linear layers a method takes. Raises UsageError where there are none."""
     head = _head(model)
@@ -339,7 +341,7 @@ def _architecture(model: nn.Module) -> Architecture | None:
         return None
 
 
-def _edit(model: nn.Module, changes: dict[str, Any]) -> None:
+def edit_model(model: nn.Module, changes: dict[str, Any]) -> None:
     """What a method changes outside the matrices: the MLP's own activation."""
     if not changes:
         return

@@ -20,7 +20,7 @@ from effprof.trainer.optimizer import MethodOptimizer
 
 # SDPA's backend is chosen around the forward; transformers is always told which of its two code
 # paths to take.
-_ATTENTION = {"sdpa": "sdpa", "math": "sdpa", "eager": "eager"}
+ATTENTION = {"sdpa": "sdpa", "math": "sdpa", "eager": "eager"}
 
 
 def build(
@@ -103,7 +103,7 @@ def skeleton(step: Step) -> nn.Module:
             model: nn.Module = AutoModelForCausalLM.from_config(
                 config,
                 dtype=DTYPES[step.plan.weight_dtype],
-                attn_implementation=_ATTENTION[step.plan.attention],
+                attn_implementation=ATTENTION[step.plan.attention],
             )
     return model
 
