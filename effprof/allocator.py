@@ -45,11 +45,16 @@ class Settings:
             key, _, value = part.partition(":")
             name = key.strip()
             if name not in _KEYS:
-                raise unknown("allocator setting", name, (*_NAMES, *_KEYS))
+                raise unknown("allocator setting", name, (*_NAMES, *_KEYS), "Names stand alone.")
             values[_KEYS[name]] = _parsed(name, value.strip())
+        if "large_segment" in values:
+            values.setdefault("non_split_rounding", values["large_segment"])
+        elif "non_split_rounding" in values and "max_split_size" not in values:
+            raise UsageError(
+                "max_non_split_rounding_mb has no effect without max_split_size_mb.",
+                "Add max_split_size_mb:128, or leave it out.",
+            )
         found = cls(**values)  # type: ignore[arg-type]
-        if "large_segment" in values and "non_split_rounding" not in values:
-            found = cls(**{**values, "non_split_rounding": values["large_segment"]})  # type: ignore[arg-type]
         if found.max_split_size is not None:
             if found.expandable:
                 raise UsageError(
@@ -74,6 +79,10 @@ _KEYS = {
 }
 
 
+# torch refuses less.
+_LEAST_MIB = {"max_split_size_mb": 2, "large_segment_size_mb": 11, "max_non_split_rounding_mb": 20}
+
+
 def configuration(text: str) -> str:
     """The PYTORCH_CUDA_ALLOC_CONF of a plan's allocator."""
     return _NAMES.get(text, text)
@@ -82,12 +91,12 @@ def configuration(text: str) -> str:
 def _parsed(name: str, value: str) -> int:
     if name == "expandable_segments" and value in ("True", "False"):
         return value == "True"
-    if name != "expandable_segments" and value.isdecimal() and int(value) > 1:
+    least = _LEAST_MIB.get(name)
+    if least is not None and value.isdecimal() and int(value) >= least:
         return int(value) * MIB
-    raise UsageError(
-        f"--allocator {name}:{value} is not understood.",
-        "Type for example --allocator expandable_segments:True or max_split_size_mb:128.",
-    )
+    example = f"{name}:True" if least is None else f"{name}:{max(least, 128)}"
+    known = "True or False" if least is None else f"a whole number of MiB from {least}"
+    raise UsageError(f"{name} is {known}, not {value!r}.", f"Type --allocator {example}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +208,7 @@ def replay(
                 splits = rest > SMALL_SIZE and (oversize is None or size < oversize)
             if splits:
                 _split(block, size, pool, tails if expandable else None, is_small=is_small)
+            assert block.size >= size
             block.free = False
             held[storage] = block
             blocks[storage] = block.size

@@ -360,7 +360,7 @@ def from_config(config: Any, name: str) -> Architecture:
             f"The configuration of {name!r} lacks {', '.join(missing)}.",
             "Add the field to config.json; transformers' own defaults are another model.",
         )
-    full = {**_COMMON, **_TYPES[model_type], **config}
+    full = {**_COMMON, **_TYPES[model_type], **_with_experts_name(config, model_type, name)}
     _check_kinds(full, name)
     sizes = {key: full[key] for key in _REQUIRED}
     sizes["num_key_value_heads"] = full["num_key_value_heads"] or full["num_attention_heads"]
@@ -419,6 +419,16 @@ def from_config(config: Any, name: str) -> Architecture:
     )
 
 
+def _with_experts_name(config: dict[str, Any], model_type: str, name: str) -> dict[str, Any]:
+    """Both names of the number of experts count, as in transformers. Raises UsageError."""
+    own, known = _EXPERTS.get(model_type), [key for key in _EXPERTS.values() if key in config]
+    if own is None or not known:
+        return config
+    if len({config[key] for key in known}) > 1:
+        raise UsageError(f"{' and '.join(known)} differ in {name!r}.", "Correct config.json.")
+    return {**config, own: config[known[0]]}
+
+
 def _check_experts(config: Mapping[str, Any], experts: int, name: str) -> None:
     """Every layer must have the same experts, of which a token meets some."""
     if config["num_experts_per_tok"] > experts:
@@ -429,8 +439,8 @@ def _check_experts(config: Mapping[str, Any], experts: int, name: str) -> None:
         )
     if experts < 2 or config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
         raise UsageError(
-            f"{name!r} mixes layers with and without experts.",
-            "Supported: every layer with two experts or more.",
+            f"{name!r} has layers without experts, or a single one.",
+            "Supported: decoder_sparse_step 1, no mlp_only_layers, two experts or more.",
         )
 
 

@@ -247,6 +247,16 @@ class Plan:
                 "--keep-logits has no effect with --loss chunked: there are no logits to keep.",
                 "Leave --keep-logits out.",
             )
+        if self.compile:
+            raise UsageError(
+                "--compile does not go with --loss chunked, which runs the decoder by itself.",
+                "Leave one of them out.",
+            )
+        if self.architecture.config.get("output_router_logits"):
+            raise UsageError(
+                "--loss chunked leaves out the router's loss that output_router_logits adds.",
+                "Use --loss standard.",
+            )
         if self.architecture.logit_softcap:
             raise UsageError(
                 f"--loss chunked is not available for {self.architecture.model_type}, which caps "

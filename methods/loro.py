@@ -140,7 +140,7 @@ def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, t
     core = tuple(Tensor(name, (2 * r, 2 * r), "fp32", "workspace") for name in ("core", "u", "v"))
     return {
         **lowrank.transient(matrix, tokens, _plain(settings)),
-        "update": directions,
+        "update": (*directions, Tensor("cast", (max(m, n), r), "downcast", "workspace")),
         "refresh": (*directions, *bases, *core),
     }
 

@@ -62,11 +62,14 @@ def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:
 def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, tuple[Tensor, ...]]:
     """One number per row or column, and on the CPU the gradient in fp32 for its norm."""
     length = matrix.columns if matrix.kind == "embedding" else matrix.rows
+    head = matrix.kind == "head"  # whose momentum is a state, perhaps of another dtype
+    recast = (Tensor("gradient", matrix.shape, "recast", "workspace"),) if head else ()
+    downcast = (Tensor("step", matrix.shape, "downcast", "workspace"),) if head else ()
+    rms = Tensor("rms", (length,), "fp32", "workspace")
     return {
-        "update": (
-            Tensor("rms", (length,), "fp32", "workspace"),
-            Tensor("gradient_fp32", matrix.shape, "mixed", "workspace"),
-        )
+        "update": (rms, Tensor("gradient_fp32", matrix.shape, "mixed", "workspace")),
+        "update:momentum": recast,
+        "update:step": (rms, *downcast),
     }
 
 

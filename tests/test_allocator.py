@@ -134,8 +134,8 @@ def test_where_reserved_grew_last_and_how_full_it_was() -> None:
         ("expandable", EXPANDABLE),
         ("expandable_segments:False", Settings()),
         (
-            "max_split_size_mb:64,max_non_split_rounding_mb:8",
-            Settings(False, 64 * MIB, 20 * MIB, 8 * MIB),
+            "max_split_size_mb:64,max_non_split_rounding_mb:24",
+            Settings(False, 64 * MIB, 20 * MIB, 24 * MIB),
         ),
         ("large_segment_size_mb:40", Settings(large_segment=40 * MIB, non_split_rounding=40 * MIB)),
     ],
@@ -150,6 +150,7 @@ def test_settings_are_read_as_torch_reads_them(text: str, expected: Settings) ->
         *("", "expanding", "max_split_size_mb", "max_split_size_mb:x", "max_split_size_mb:-1"),
         *("expandable_segments:yes", "max_split_size_mb:8"),
         "expandable_segments:True,max_split_size_mb:64",
+        *("large_segment_size_mb:2", "max_non_split_rounding_mb:40"),
     ],
 )
 def test_bad_settings_are_refused(text: str) -> None:

@@ -105,3 +105,25 @@ def test_folder_is_as_good_as_its_config(tmp_path: Path) -> None:
 def test_unreadable_config(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="Cannot read"):
         architecture(str(tmp_path / "missing.json"))
+
+
+def test_both_names_of_the_number_of_experts() -> None:
+    one = {"model_type": "qwen3_moe", **TINY, "moe_intermediate_size": 48, "num_experts_per_tok": 2}
+    same = [from_config({**one, key: 4}, "x") for key in ("num_experts", "num_local_experts")]
+    assert same[0].parameters == same[1].parameters
+    with pytest.raises(UsageError, match="differ"):
+        from_config({**one, "num_experts": 4, "num_local_experts": 8}, "x")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"decoder_sparse_step": 2}, {"mlp_only_layers": [0]}, {"num_experts": 1}]
+)
+def test_experts_in_some_layers_only_are_refused(changes: dict[str, object]) -> None:
+    one = {"model_type": "qwen3_moe", **TINY, "num_experts": 4, "num_experts_per_tok": 1}
+    with pytest.raises(UsageError, match="without experts"):
+        from_config({**one, **changes}, "x")
+
+
+def test_experts_alone_are_no_target(configs: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match="--targets mlp"):
+        Plan(model=configs["mixtral"], method="lowrank", targets=("mlp",))

@@ -277,5 +277,8 @@ def test_the_command_compares_two_plans(tmp_path: Path, tiny: str) -> None:
 def test_a_picture_that_cannot_be_written_is_said(tmp_path: Path, tiny: str) -> None:
     missing = str(tmp_path / "no" / "step.png")
     code, _, err = run_cli("trace", "--model", tiny, "--seq-len", "32", "--png", missing)
-    assert code == 1
+    assert code == 2
     assert "Cannot write" in err
+    twice = str(tmp_path / "x")
+    code, _, err = run_cli("trace", "--model", tiny, "--png", twice, "--html", twice)
+    assert (code, "given twice" in err) == (2, True)

@@ -216,7 +216,11 @@ def _printed(text: str) -> dict[str, Any]:
     document = json.loads(text)
     if not isinstance(document, dict):
         raise ValueError("it holds no object")
-    return {"plan": document["plan"]} if "schema" in document else document
+    if "schema" not in document:
+        return document
+    if "plan" not in document:
+        raise ValueError("it holds no plan")
+    return {"plan": document["plan"]}
 
 
 def read_table(path: Path | None, name: str) -> dict[str, Any]:

@@ -44,11 +44,12 @@ def command(
     from effprof.tracer.foreign import admit_config
     from effprof.tracer.trace import trace
 
+    _check_files([path for path in (png, html, snapshot) if path])
     values = plan_values(flags)
     if isinstance(values.get("model"), str):
         admit_config(values["model"])
     plan = from_dict(values)
-    expected = None if plan.architecture.foreign else estimate(plan)
+    expected = None if plan.architecture.foreign or as_json else estimate(plan)
     result = trace(plan)
     if png or html:
         from effprof.report.plots import draw
@@ -70,6 +71,15 @@ def command(
 
         show_trace(result, expected)
     return 3 if plan.gpu and not result.fits[0].fits else 0
+
+
+def _check_files(paths: list[Path]) -> None:
+    """Raise UsageError for files that cannot be written: before a trace, not after."""
+    for place, path in enumerate(paths):
+        if path.is_dir() or not path.resolve().parent.is_dir():
+            raise UsageError(f"Cannot write {str(path)!r}.", "Give a file in a folder that exists.")
+        if path in paths[:place]:
+            raise UsageError(f"{str(path)!r} is given twice.", "Give each picture its own file.")
 
 
 def _refuse_with_diff(files: Mapping[str, Path | None], flags: Mapping[str, Any]) -> None:
@@ -100,8 +110,8 @@ def _difference(paths: tuple[Path, Path], *, as_json: bool) -> int:
         return 0
     from effprof.report.trace import show_difference
 
-    names = [path.stem if path.stem != "run" else path.parent.name for path in paths]
+    names = [p.stem if p.stem != "run" else p.resolve().parent.name for p in paths]
     if names[0] == names[1]:
-        names = [str(path) for path in paths]
+        names = ["A", "B"]
     show_difference((names[0], names[1]), peaks, found)
     return 0

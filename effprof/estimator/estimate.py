@@ -145,7 +145,7 @@ def not_modelled(plan: Plan) -> tuple[str, ...]:
         found.append(
             f"the sliding-window mask ({shape.sliding_window} of {plan.seq_len} positions)"
         )
-    dropouts = ("attention_dropout", "resid_pdrop", "embd_pdrop")
+    dropouts = ("attention_dropout", "resid_pdrop", "embd_pdrop", "router_jitter_noise")
     found += [f"{key} in config.json" for key in dropouts if shape.config.get(key)]
     decomposed = {"svd", "refactorize", "exact_every"}
     if plan.device == "cuda" and decomposed & {*plan.settings, *plan.update_settings}:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import bisect
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,15 +77,6 @@ class FakeRecorder(FakeTensorMode):  # type: ignore[no-untyped-call]
     def run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """An operation as fake tensors do it: what rules call."""
         return super().__torch_dispatch__(func, (), tuple(args), dict(kwargs))
-
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        """Operations inside are recorded one by one: for an opaque operation's own body."""
-        depth, self._depth = self._depth, 0
-        try:
-            yield
-        finally:
-            self._depth = depth
 
     @property
     def in_forward(self) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
+from effprof.errors import EffprofError
 from effprof.gpus import Gpu
 from effprof.kernels import Attention, embedding_backward
 from effprof.plan import Plan
@@ -39,9 +40,9 @@ def rules(plan: Plan, gpu: Gpu) -> dict[Any, Rule]:
         found[aten.linalg_vector_norm.default] = _norm
     else:
         found |= {
-            aten._scaled_dot_product_flash_attention_for_cpu.default: _attention(plan, gpu),
+            aten._scaled_dot_product_flash_attention_for_cpu.default: _attention(gpu),
             aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward(
-                plan, gpu
+                gpu
             ),
             aten.embedding_dense_backward.default: _embedding_backward,
             aten._softmax_backward_data.default: _softmax_backward,
@@ -92,6 +93,11 @@ def _index(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> A
     if not masks:
         return recorder.run(func, args, kwargs)
     recorder.ask("a mask selected entries: answered all of them")
+    if len(masks) > 1 or len([one for one in indices if one is not None]) > 1:
+        raise EffprofError(
+            "This model selects entries by several masks at once, which a trace cannot size.",
+            "Probe it instead.",
+        )
     (mask,) = masks
     rest = x.shape[mask.dim() :]
     return recorder.run(aten.empty.memory_format, ([mask.numel(), *rest],), {"dtype": x.dtype})
@@ -159,7 +165,7 @@ def _shape(args: _Args, *, masked: bool) -> Attention:
     return Attention(rows, length, heads, key.shape[1], width, query.element_size(), masked)
 
 
-def _attention(plan: Plan, gpu: Gpu) -> Rule:
+def _attention(gpu: Gpu) -> Rule:
     """A fused kernel of the GPU: its log-sum-exp, and a generator's state of two numbers."""
 
     def rule(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
@@ -176,7 +182,7 @@ def _attention(plan: Plan, gpu: Gpu) -> Rule:
     return rule
 
 
-def _attention_backward(plan: Plan, gpu: Gpu) -> Rule:
+def _attention_backward(gpu: Gpu) -> Rule:
     def rule(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
         out = recorder.run(func, args, kwargs)
         recorder.note(out, func)

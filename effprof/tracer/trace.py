@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from effprof.trainer.probe_child import random_batch
 from effprof.trainer.step import training_step
 
 SCHEMA = "effprof.trace/1"
+_ALONE = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,16 @@ class Trace:
 
 
 def trace(plan: Plan) -> Trace:
-    """Run a plan's updates under fake tensors and replay what they allocate."""
+    """Run a plan's updates under fake tensors and replay what they allocate.
+
+    One at a time in a process: transformers' and torch's own functions are replaced meanwhile (see
+    ``_quiet``), so nothing else should train or trace in another thread.
+    """
+    with _ALONE, torch.enable_grad():
+        return _trace(plan)
+
+
+def _trace(plan: Plan) -> Trace:
     began = time.perf_counter()
     card = gpus.gpu(plan.gpu) if plan.gpu else gpus.DEFAULT
     recorder = FakeRecorder(rules(plan, card), casts if plan.device == "cpu" else None)
@@ -173,6 +184,9 @@ def _materialised(model: nn.Module, plan: Plan) -> nn.Module:
     model.tie_weights()  # type: ignore[operator]
     if plan.checkpointing == "full":
         model.activation_checkpointing_enable()  # type: ignore[operator]
+    for module in model.modules():  # said to be left out: the CPU has no fused kernel with it
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
     return model.train()
 
 
