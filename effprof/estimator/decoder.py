@@ -157,19 +157,22 @@ class Decoder:
         """RMSNorm over ``width`` (the hidden width by default), as the model type writes it."""
         graph, width = self.graph, width or self.shape.hidden
         itemsize = x.itemsize
-        x32 = ops.to(graph, x, 4, "norm_fp32")
-        variance = ops.shift(graph, ops.mean(graph, ops.square(graph, x32), width))
-        inverse = ops.from_result(graph, variance, "rsqrt", temporaries=2)
-        del variance
-        normal = ops.mul(graph, x32, inverse, "normalised")
-        del x32, inverse
+        # As the module's locals: hidden is bound anew, it and variance live on to the return.
+        hidden = ops.to(graph, x, 4, "norm_fp32")
+        variance = ops.mean(graph, ops.square(graph, hidden), width)
+        hidden = ops.mul(
+            graph,
+            hidden,
+            ops.from_result(graph, ops.shift(graph, variance), "rsqrt", temporaries=2),
+            "normalised",
+        )
         if self.shape.gemma:
             gain = ops.shift(
                 graph, ops.to(graph, self.weight(weight), 4, "weight_fp32"), "1+weight"
             )
-            return ops.to(graph, ops.mul(graph, normal, gain, "scaled"), itemsize, "norm")
-        normal = ops.to(graph, normal, itemsize, "normalised")
-        return ops.mul(graph, self.weight(weight), normal, "norm")
+            return ops.to(graph, ops.mul(graph, hidden, gain, "scaled"), itemsize, "norm")
+        own = self.weight(weight)
+        return ops.mul(graph, own, ops.to(graph, hidden, itemsize, "normalised"), "norm")
 
     def linear(self, x: Value, weight: Value, rows: int, bias: Value | None = None) -> Value:
         """x Wᵀ under the plan's precision: autocast casts input and weight, the weight once per
@@ -314,9 +317,11 @@ class _Layer:
         if self.shape.fused:
             fused = self._project(x, "qkv")
             query, key, value = self._split_heads(fused)
+            query, key = (ops.heads(self.graph, part) for part in (query, key))
             del fused
         else:
-            query, key = self._project(x, "q"), self._project(x, "k")
+            query = ops.heads(self.graph, self._project(x, "q"))
+            key = ops.heads(self.graph, self._project(x, "k"))
             if self.shape.head_norms:
                 query = self.decoder.norm(
                     query, f"{self.path}self_attn.q_norm.weight", self.shape.head_dim
@@ -325,10 +330,9 @@ class _Layer:
                     key, f"{self.path}self_attn.k_norm.weight", self.shape.head_dim
                 )
             value = self._project(x, "v")
-        query, key = (ops.heads(self.graph, x) for x in (query, key))
         query, key = self._rotate(query, key)
+        # The module's locals keep query, key and value to its return.
         out = attend(self.decoder, query, key, value, self.mask)
-        del query, key, value
         return self._project(out, "o")
 
     def _split_heads(self, fused: Value) -> tuple[Value, Value, Value]:
