@@ -78,6 +78,7 @@ class Decoder:
         if self.plan.checkpointing == "full" and not hidden.needs_grad:
             # transformers makes it a leaf that requires a gradient, so that layers are run again.
             hidden.needs_grad, hidden.node = True, Leaf("model.embed_tokens output")
+        embedded = hidden  # the model's inputs_embeds lives as long as its forward
         if shape.gemma:
             hidden = ops.scale(graph, hidden, "embed_scale")
         positions = graph.allocate(self.plan.seq_len, 8, "position_ids")
@@ -94,7 +95,7 @@ class Decoder:
         hidden = self.norm(hidden, "model.norm.weight")
         graph.module = "lm_head."
         head = self.weight("model.embed_tokens.weight" if shape.tied else "lm_head.weight")
-        del layer, cos, sin, mask, positions
+        del layer, embedded, cos, sin, mask, positions
         if self.plan.loss == "chunked":
             loss = self._chunked_loss(hidden, head, labels)
             return loss, loss
@@ -330,6 +331,9 @@ class _Layer:
                     key, f"{self.path}self_attn.k_norm.weight", self.shape.head_dim
                 )
             value = self._project(x, "v")
+        plan, shape = self.decoder.plan, self.shape
+        if plan.attention != "sdpa" or (self.mask is not None and shape.heads > shape.kv_heads):
+            value = ops.heads(self.graph, value)  # a fused kernel's gradient lies by rows
         query, key = self._rotate(query, key)
         # The module's locals keep query, key and value to its return.
         out = attend(self.decoder, query, key, value, self.mask)
