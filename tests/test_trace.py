@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from helpers import record, run_cli, small
 
-from effprof import registry
+from effprof import readers, registry
 from effprof import tape as tapes
 from effprof.errors import EffprofError
 from effprof.estimator.estimate import estimate
@@ -154,11 +154,11 @@ def test_every_event_has_its_counterpart(galore: Trace) -> None:
 
 def test_the_timeline_keeps_the_peak_and_phases_cover_the_tape(galore: Trace) -> None:
     tape, blocks, peak = galore.tape, galore.memory.blocks, galore.memory.peak
-    spans = tapes.spans(tape, blocks)
+    spans = readers.spans(tape, blocks)
     assert {span.phase for span in spans} >= {"forward", "backward", "update", "refresh"}
     assert max(span.peak for span in spans) == peak.size
     for points in (10, 100, 10_000):
-        instants = tapes.timeline(tape, blocks, 0, len(tape.events), points)
+        instants = readers.timeline(tape, blocks, 0, len(tape.events), points)
         assert len(instants) <= max(points, len(tape.events)) + 1
         assert max(sum(one.by_role.values()) for one in instants) == peak.size
 
@@ -181,7 +181,7 @@ def test_a_difference_names_what_changed() -> None:
         trace(Plan(model="9m", micro_batch=4, keep_logits=kept)).memory.peak
         for kept in (False, True)
     )
-    changes = tapes.diff(one, other)
+    changes = readers.diff(one, other)
     assert sum(change.after - change.before for change in changes) == other.size - one.size
     assert changes[0].label == "lm_head.mm"
     assert changes[0].before == 0

@@ -94,13 +94,13 @@ def _refuse_with_diff(files: Mapping[str, Path | None], flags: Mapping[str, Any]
 
 
 def _difference(paths: tuple[Path, Path], *, as_json: bool) -> int:
-    from effprof import tape as tapes
+    from effprof import readers
     from effprof.cli.flags import read_plan
     from effprof.tracer.trace import trace
 
     one, other = (trace(read_plan(path)) for path in paths)
     peaks = one.memory.peak, other.memory.peak
-    found = tapes.diff(*peaks)
+    found = readers.diff(*peaks)
     if as_json:
         changes = [
             {"role": c.role, "label": c.label, "before": c.before, "after": c.after} for c in found

@@ -9,10 +9,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effprof import tape as tapes
+from effprof import readers
 from effprof.errors import EffprofError
+from effprof.readers import Instant, Span
 from effprof.report.plots import COLOURS
-from effprof.tape import ROLES, Instant, Span
+from effprof.tape import ROLES
 from effprof.units import gib
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Timeline:
 def timeline(plan: Plan, memory: Memory) -> Timeline:
     """The timeline of the update in which a plan's memory peaks."""
     tape, blocks, peak = memory.tape, memory.blocks, memory.peak
-    every = tapes.spans(tape, blocks)
+    every = readers.spans(tape, blocks)
     place = next(i for i, one in enumerate(every) if one.start <= peak.event < one.end)
     first = last = place
     while first and every[first - 1].update == peak.update:
@@ -44,7 +45,7 @@ def timeline(plan: Plan, memory: Memory) -> Timeline:
     while last + 1 < len(every) and every[last + 1].update == peak.update:
         last += 1
     kept = _joined(every[first : last + 1])
-    instants = tapes.timeline(tape, blocks, kept[0].start, kept[-1].end)
+    instants = readers.timeline(tape, blocks, kept[0].start, kept[-1].end)
     rank = f", rank {plan.rank}" if plan.rank else ""
     title = (
         f"{plan.model} · {plan.method}{rank} · {plan.micro_batch} × {plan.seq_len} · {plan.dtype}"
@@ -109,7 +110,7 @@ def _largest(shown: Timeline, events: set[int]) -> dict[int, list[list[Any]]]:
     tape = shown.memory.tape
     sizes = shown.memory.blocks or {s: change for s, change in tape.events if change > 0}
     keys = [
-        next(iter(tapes.grouped([(0, role, label)])))
+        next(iter(readers.grouped([(0, role, label)])))
         for role, label in zip(tape.roles, tape.labels, strict=True)
     ]
     alive: dict[tuple[str, str], int] = {}

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from effprof import tape as tapes
+from effprof import readers
 from effprof.estimator.estimate import Estimate, not_modelled
+from effprof.readers import Change
 from effprof.report.terminal import console, describe, headline, show_memory, show_verdict, table
-from effprof.tape import Change, Peak
+from effprof.tape import ROLES, Peak
 from effprof.units import duration, gib
 
 if TYPE_CHECKING:
@@ -26,14 +27,14 @@ def show_trace(result: Trace, expected: Estimate | None) -> None:
     show_memory(out, plan, result.memory)
     rows = table("phase", "update", "peak")
     best: dict[tuple[str, str], int] = {}
-    for span in tapes.spans(result.tape, result.memory.blocks):
+    for span in readers.spans(result.tape, result.memory.blocks):
         key = span.phase, span.update
         best[key] = max(best.get(key, 0), span.peak)
     for (phase, update), size in best.items():
         rows.add_row(phase, update, gib(size))
     out.print(rows)
     out.print("Largest at the peak, layers taken together:")
-    for (role, label), size in tapes.grouped(peak.alive).most_common(_SHOWN):
+    for (role, label), size in readers.grouped(peak.alive).most_common(_SHOWN):
         out.print(f"  {gib(size):>10}  {role:<13}{label}", soft_wrap=True)
     line = f"Traced {len(result.tape.roles):,} tensors in {duration(result.seconds)}."
     if expected is not None:
@@ -52,7 +53,7 @@ def show_difference(names: tuple[str, str], peaks: tuple[Peak, Peak], found: lis
     """What changed from one plan's peak to another's."""
     out = console()
     rows = table("at the peak", *names, "change")
-    for role in tapes.ROLES:
+    for role in ROLES:
         sizes = [peak.by_role[role] for peak in peaks]
         rows.add_row(role, gib(sizes[0]), gib(sizes[1]), _signed(sizes[1] - sizes[0]))
     rows.add_section()

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from effprof import blockwise, gpus
-from effprof import tape as tapes
+from effprof import blockwise, gpus, readers
 from effprof.estimator.attention import plan_attention
 from effprof.estimator.decoder import CPU_RNG_STATE
 from effprof.estimator.estimate import Fit, fits, not_modelled
@@ -65,9 +64,9 @@ class Trace:
         peak, tape = self.memory.peak, self.tape
         phases = [
             {"update": s.update, "phase": s.phase, "peak": s.peak}
-            for s in tapes.spans(tape, self.memory.blocks)
+            for s in readers.spans(tape, self.memory.blocks)
         ]
-        alive = tapes.grouped(peak.alive).most_common()
+        alive = readers.grouped(peak.alive).most_common()
         return {
             "schema": SCHEMA,
             "plan": self.plan.as_dict(),
