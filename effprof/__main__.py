@@ -14,7 +14,8 @@ def main() -> None:
     gc.disable()  # imports make no garbage; collecting while they run is a tenth of a short command
     from effprof.cli import run
 
-    gc.enable()
+    if sys.argv[1:2] != ["estimate"]:  # which imports more, and ends before it mattered
+        gc.enable()
     sys.exit(run(sys.argv[1:]))
 
 

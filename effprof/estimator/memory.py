@@ -52,7 +52,6 @@ class Memory:
             "process_total": self.process_total,
             "peak_requested": self.requested,
             "segments": None if replay is None else replay.segments,
-            "fragmentation": None if replay is None else replay.fragmentation,
         }
 
     @property
