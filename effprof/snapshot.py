@@ -96,16 +96,9 @@ def snapshot(tape: Tape, allocator: str = "default") -> dict[str, Any]:
 
 def write(path: Path, tape: Tape, allocator: str = "default") -> None:
     """Write a tape's snapshot; the file appears whole or not at all. Raises EffprofError."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            pickle.dump(snapshot(tape, allocator), file, protocol=4)
-        temporary.replace(path)
-    except OSError as problem:
-        temporary.unlink(missing_ok=True)
-        raise EffprofError(
-            f"Cannot write {str(path)!r}: {problem.strerror}.", "Give another path."
-        ) from None
+    from effprof.trainer.files import write_whole
+
+    write_whole(path, pickle.dumps(snapshot(tape, allocator), protocol=4))
 
 
 def _frames(tape: Tape, storage: int) -> list[dict[str, Any]]:

@@ -64,7 +64,7 @@ class Memory:
 
 def memory(step: Step, gpu: Gpu = DEFAULT) -> Memory:
     """Synthesize and replay a plan's tape as ``gpu`` runs it."""
-    with _no_collector():
+    with no_collector():
         return measure(step.plan, synthesize(step, gpu), gpu)
 
 
@@ -90,7 +90,7 @@ def synthesize(step: Step, gpu: Gpu = DEFAULT) -> Tape:
 
 
 @contextmanager
-def _no_collector() -> Iterator[None]:
+def no_collector() -> Iterator[None]:
     """Values are freed by reference counts alone: the cycle collector would only cost time."""
     enabled = gc.isenabled()
     gc.disable()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effprof.errors import EffprofError
 from effprof.tape import ROLES
 from effprof.units import GIB, gib
 
@@ -31,6 +31,8 @@ def draw(path: Path, timeline: Timeline) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    from effprof.trainer.files import write_whole
 
     figure = Figure(figsize=(10, 5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -67,12 +69,6 @@ def draw(path: Path, timeline: Timeline) -> None:
     axes.set_ylabel("GiB")
     axes.set_title(timeline.title, fontsize=10, pad=18)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, reverse=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        figure.savefig(temporary, dpi=140, format="png")
-        temporary.replace(path)
-    except OSError as problem:
-        temporary.unlink(missing_ok=True)
-        raise EffprofError(
-            f"Cannot write {str(path)!r}: {problem.strerror}.", "Give another path."
-        ) from None
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=140, format="png")
+    write_whole(path, picture.getvalue())

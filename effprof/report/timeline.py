@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effprof import readers
-from effprof.errors import EffprofError
 from effprof.readers import Instant, Span
 from effprof.report.plots import COLOURS
 from effprof.tape import ROLES
@@ -69,19 +68,13 @@ def _joined(every: list[Span]) -> list[Span]:
 
 def write_page(path: Path, shown: Timeline) -> None:
     """The timeline as one HTML file, light and dark, no network. Raises EffprofError."""
+    from effprof.trainer.files import write_whole
+
     page = files("effprof.report").joinpath("timeline.html").read_text(encoding="utf-8")
     page = page.replace("@TITLE@", html.escape(shown.title))
     page = page.replace("@SUMMARY@", html.escape(_summary(shown)))
     page = page.replace("@DATA@", json.dumps(_data(shown)).replace("</", "<\\/"))
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as problem:
-        temporary.unlink(missing_ok=True)
-        raise EffprofError(
-            f"Cannot write {str(path)!r}: {problem.strerror}.", "Give another path."
-        ) from None
+    write_whole(path, page)
 
 
 def _summary(shown: Timeline) -> str:

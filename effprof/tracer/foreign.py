@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ from torch import nn
 from effprof.errors import UsageError
 from effprof.model import Architecture, admit, supported
 from effprof.plan import TARGETS, Plan
-from effprof.trained import Trained
-from effprof.trainer.apply import edit_model, linear_targets, parameters_of
+from effprof.trainer.apply import edit_model, linear_targets
 from effprof.trainer.build import ATTENTION, quiet_transformers
 from effprof.trainer.layer import DTYPES, MethodLinear
 
@@ -108,13 +106,6 @@ def arranged_foreign(plan: Plan) -> nn.Module:
             if parameter not in inside and parameter not in targeted:
                 parameter.requires_grad_(False)
     return model
-
-
-def trained_foreign(
-    plan: Plan, model: nn.Module
-) -> Iterator[tuple[tuple[nn.Parameter, ...], Trained]]:
-    """What is trained together, as ``effprof.optimizer`` would have it."""
-    return parameters_of(model, plan.recipe)
 
 
 def counted(model: nn.Module) -> dict[str, int]:

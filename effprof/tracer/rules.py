@@ -65,10 +65,16 @@ def casts(args: _Args, out: Any) -> list[tuple[int, str]]:
     return [(one.numel() * common.itemsize, "cast") for one in mixed]
 
 
-def _norm(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
-    """The CPU's norm reads a copy in the dtype it sums in."""
+def _noted(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
+    """An operation's result, on the tape before what is held beside it."""
     out = recorder.run(func, args, kwargs)
     recorder.note(out, func)
+    return out
+
+
+def _norm(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
+    """The CPU's norm reads a copy in the dtype it sums in."""
+    out = _noted(recorder, func, args, kwargs)
     if kwargs.get("dtype", args[0].dtype) != args[0].dtype:
         recorder.scratch([(args[0].numel() * out.element_size(), "norm_input")])
     return out
@@ -105,8 +111,7 @@ def _index(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> A
 
 def _cast(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
     """A weight in another dtype: autocast keeps it to the end of its block."""
-    out = recorder.run(func, args, kwargs)
-    recorder.note(out, func)
+    out = _noted(recorder, func, args, kwargs)
     if recorder.role(args[0]) == "weights" and recorder.in_forward:
         recorder.assign(out, "activations")
     return out
@@ -128,8 +133,7 @@ def _grouped(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) ->
 
 def _svd(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
     """LAPACK and cuSOLVER overwrite a copy of the matrix."""
-    out = recorder.run(func, args, kwargs)
-    recorder.note(out, func)
+    out = _noted(recorder, func, args, kwargs)
     recorder.scratch([(args[0].numel() * args[0].element_size(), "svd_copy")])
     return out
 
@@ -169,8 +173,7 @@ def _attention(gpu: Gpu) -> Rule:
     """A fused kernel of the GPU: its log-sum-exp, and a generator's state of two numbers."""
 
     def rule(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
-        out, lse = recorder.run(func, args, kwargs)
-        recorder.note((out, lse), func)
+        out, lse = _noted(recorder, func, args, kwargs)
         shape = _shape(args, masked=kwargs.get("attn_mask") is not None)
         kernel = shape.kernel(gpu.capability, bf16=args[0].dtype == torch.bfloat16)
         padding = 4 * (shape.log_sum_exp(kernel) - lse.numel())
@@ -184,8 +187,7 @@ def _attention(gpu: Gpu) -> Rule:
 
 def _attention_backward(gpu: Gpu) -> Rule:
     def rule(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
-        out = recorder.run(func, args, kwargs)
-        recorder.note(out, func)
+        out = _noted(recorder, func, args, kwargs)
         shape = _shape(args[1:], masked=kwargs.get("attn_mask") is not None)
         kernel = shape.kernel(gpu.capability, bf16=args[1].dtype == torch.bfloat16)
         recorder.scratch(shape.backward(kernel))
@@ -196,16 +198,14 @@ def _attention_backward(gpu: Gpu) -> Rule:
 
 def _softmax_backward(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
     """SoftMax.cu multiplies gradient and result into a tensor of its own."""
-    out = recorder.run(func, args, kwargs)
-    recorder.note(out, func)
+    out = _noted(recorder, func, args, kwargs)
     size = args[0].numel() * args[0].element_size()
     recorder.scratch([(size, "gradient_times_output")])
     return out
 
 
 def _embedding_backward(recorder: FakeRecorder, func: Any, args: _Args, kwargs: _Kwargs) -> Tensor:
-    out: Tensor = recorder.run(func, args, kwargs)
-    recorder.note(out, func)
+    out: Tensor = _noted(recorder, func, args, kwargs)
     gradient, indices, vocab = args[:3]
     recorder.scratch(embedding_backward(indices.numel(), vocab, gradient.shape[-1]))
     return out

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -20,16 +19,17 @@ from effprof import blockwise, gpus, readers
 from effprof.estimator.attention import plan_attention
 from effprof.estimator.decoder import CPU_RNG_STATE
 from effprof.estimator.estimate import Fit, fits, not_modelled
-from effprof.estimator.memory import Memory, measure
+from effprof.estimator.memory import Memory, measure, no_collector
 from effprof.gpus import Gpu
 from effprof.phase import listening
 from effprof.plan import Plan
 from effprof.step import work_out
 from effprof.tape import Tape
-from effprof.tracer.foreign import arranged_foreign, counted, trained_foreign
+from effprof.tracer.foreign import arranged_foreign, counted
 from effprof.tracer.recorder import HOST, FakeRecorder
 from effprof.tracer.repeat import MicroSteps
 from effprof.tracer.rules import casts, rules
+from effprof.trainer.apply import parameters_of
 from effprof.trainer.build import arranged, trained_parameters
 from effprof.trainer.data import Batch
 from effprof.trainer.layer import MethodLinear
@@ -96,7 +96,7 @@ def _trace(plan: Plan) -> Trace:
     began = time.perf_counter()
     card = gpus.gpu(plan.gpu) if plan.gpu else gpus.DEFAULT
     recorder = FakeRecorder(rules(plan, card), casts if plan.device == "cpu" else None)
-    with _quiet(plan), _kernel(plan, card), _no_collector():
+    with _quiet(plan), _kernel(plan, card), no_collector():
         tape, parameters = _run(plan, card, recorder)
     memory = measure(plan, tape, card)
     seconds = time.perf_counter() - began
@@ -117,7 +117,10 @@ def _run(plan: Plan, card: Gpu, recorder: FakeRecorder) -> tuple[Tape, dict[str,
         model = _materialised(bare, plan)
         recorder.follow(model)
         layers = [module for module in model.modules() if isinstance(module, MethodLinear)]
-        trained = trained_foreign(plan, model) if step is None else trained_parameters(step, model)
+        if step is None:
+            trained = parameters_of(model, plan.recipe)
+        else:
+            trained = trained_parameters(step, model)
         optimizer = MethodOptimizer(plan.recipe, trained, 1e-3, layers=layers)
         recorder.name(dict(model.named_parameters()), "weights")
         recorder.name(dict(model.named_buffers()), "buffers")
@@ -248,15 +251,3 @@ def _softmax_of_half(
     if x.dtype == torch.float16 and dtype == torch.float32:
         return torch._softmax(x, dim, True)
     return torch.softmax(x, dim, dtype=dtype)
-
-
-@contextlib.contextmanager
-def _no_collector() -> Iterator[None]:
-    """Storages go by reference counts; the cycle collector would only cost time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
