@@ -17,7 +17,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/effprof estimate --model 1b --method lowrank
-	$(BIN)/effprof probe --model 9m --method galore --micro-batch 4
+	$(BIN)/effprof probe --model 9m --method galore --micro-batch 4 --seconds 10
 	rm -rf $(DEMO)
 	$(BIN)/effprof train --model 9m --method lowrank --micro-batch 8 --steps 100 --out $(DEMO)
 	@echo "The results are in $(DEMO): model/, metrics.jsonl, summary.json, run.toml."

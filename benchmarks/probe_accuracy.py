@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 
 from effprof import registry
-from effprof.estimator.compare import compare
 from effprof.plan import Plan
-from effprof.trainer.probe import probe
+from effprof.prober.compare import compare
+from effprof.prober.run import probe
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import torch
 
 from effprof.plan import Plan
 from effprof.step import work_out
-from effprof.trainer import probe_child as probe
+from effprof.trainer import synthetic
 from effprof.trainer.build import build, skeleton
 from effprof.trainer.step import training_step
 
@@ -48,7 +48,7 @@ def plain_loop(plan: Plan) -> Run:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
 
     def step() -> None:
-        batch = probe.random_batch(plan, CPU)
+        batch = synthetic.random_batch(plan, CPU)
         model(input_ids=batch.ids, labels=batch.labels, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -59,7 +59,7 @@ def plain_loop(plan: Plan) -> Run:
 def ours(plan: Plan) -> Run:
     """effprof's own step of a plan."""
     model, optimizer = build(plan, lr=1e-3)
-    return lambda: training_step(model, optimizer, [probe.random_batch(plan, CPU)], plan)
+    return lambda: training_step(model, optimizer, [synthetic.random_batch(plan, CPU)], plan)
 
 
 def main() -> None:

@@ -86,6 +86,40 @@ def grouped(alive: Iterable[tuple[int, str, str]]) -> Counter[tuple[str, str]]:
 
 
 @dataclass(frozen=True, slots=True)
+class Unmatched:
+    """Storages of one role and size that one of two peaks has more of; ``count`` is signed (more in
+    the second), ``label`` an example from the peak that has them.
+    """
+
+    role: str
+    size: int
+    count: int
+    label: str
+
+    @property
+    def bytes(self) -> int:
+        return self.size * self.count
+
+
+def unmatched(before: Peak, after: Peak) -> list[Unmatched]:
+    """The storages behind a difference between two peaks whose labels do not compare, such as an
+    estimated and a recorded one. Those of one size and role cancel out; most bytes come first.
+    """
+    counts: Counter[tuple[str, int]] = Counter()
+    labels: dict[tuple[str, int, bool], str] = {}
+    for peak, sign in ((before, -1), (after, 1)):
+        for size, role, label in peak.alive:
+            counts[role, size] += sign
+            labels.setdefault((role, size, sign > 0), label)
+    found = [
+        Unmatched(role, size, count, labels[role, size, count > 0])
+        for (role, size), count in counts.items()
+        if count and size
+    ]
+    return sorted(found, key=lambda one: -abs(one.bytes))
+
+
+@dataclass(frozen=True, slots=True)
 class Change:
     """What is alive at two peaks under one role and label, in bytes."""
 

@@ -96,7 +96,7 @@ def snapshot(tape: Tape, allocator: str = "default") -> dict[str, Any]:
 
 def write(path: Path, tape: Tape, allocator: str = "default") -> None:
     """Write a tape's snapshot; the file appears whole or not at all. Raises EffprofError."""
-    from effprof.trainer.files import write_whole
+    from effprof.files import write_whole
 
     write_whole(path, pickle.dumps(snapshot(tape, allocator), protocol=4))
 

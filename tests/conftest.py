@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,17 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         (folder / "config.json").write_text(json.dumps(document))
         made[name] = str(folder / "config.json")
     return made
+
+
+@pytest.fixture(scope="session")
+def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a libnvidia-ml.so.1 compiled from tests/fake_nvml.c."""
+    folder = tmp_path_factory.mktemp("nvml")
+    source = Path(__file__).with_name("fake_nvml.c")
+    library = folder / "libnvidia-ml.so.1"
+    command = ["gcc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", str(library)]
+    subprocess.run([*command, str(source)], check=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ def record(plan: Plan) -> Tape:
     import torch
 
     from effprof.measure.recorder import CpuRecorder, pointers
-    from effprof.trainer import probe_child as probe
+    from effprof.trainer import synthetic
     from effprof.trainer.build import build
 
     recorder = CpuRecorder()
@@ -29,8 +29,8 @@ def record(plan: Plan) -> Tape:
             recorder.mark(kind, phase)
 
         with listening(recorder.inner):
-            probe.one_update(model, optimizer, plan, torch.device("cpu"), on_phase)
-        recorder.name(pointers(probe.state_tensors(optimizer), "optimizer"))
+            synthetic.one_update(model, optimizer, plan, torch.device("cpu"), on_phase)
+        recorder.name(pointers(synthetic.state_tensors(optimizer), "optimizer"))
     recorder.stop()
     return recorder.tape()
 

@@ -29,7 +29,9 @@ def test_version() -> None:
     assert re.fullmatch(r"effprof \d+\.\d+\.\d+\n", run_cli("--version")[1])
 
 
-@pytest.mark.parametrize("command", ["estimate", "trace", "probe", "train", "methods", "models"])
+@pytest.mark.parametrize(
+    "command", ["estimate", "trace", "probe", "validate", "train", "methods", "models", "doctor"]
+)
 def test_help_ends_in_two_examples(command: str) -> None:
     code, out, _ = run_cli(command, "--help")
     assert code == 0

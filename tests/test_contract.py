@@ -18,7 +18,7 @@ from effprof.model import Matrix
 from effprof.registry import Clock, Group
 from effprof.step import work_out
 from effprof.tape import peak
-from effprof.trainer import probe_child as probe
+from effprof.trainer import synthetic
 from effprof.trainer.build import build
 from effprof.trainer.layer import DTYPES
 from effprof.trainer.step import backward, forward_loss
@@ -52,8 +52,8 @@ def test_allocated_equals_declared(method: str, dtype: str, tiny: str) -> None:
     for update in turns:  # where blocks take turns, the largest is what is declared
         if update:
             optimizer.seek(update)
-        probe.one_update(model, optimizer, plan, CPU)
-        found.append(probe.resident(model, optimizer))
+        synthetic.one_update(model, optimizer, plan, CPU)
+        found.append(synthetic.resident(model, optimizer))
     assert max(found, key=lambda sizes: sizes["optimizer"]) == step.resident()
 
 
@@ -98,7 +98,7 @@ def test_loss_falls_on_one_batch(method: str, tiny: str) -> None:
     plan = small(tiny, method)
     model, optimizer = build(plan, lr=1e-2)
     torch.manual_seed(0)
-    batch = probe.random_batch(plan, CPU)
+    batch = synthetic.random_batch(plan, CPU)
     losses = [_update(model, optimizer, plan, batch) for _ in range(30)]
     assert losses[-1] < losses[0] - 0.5
 
@@ -106,7 +106,7 @@ def test_loss_falls_on_one_batch(method: str, tiny: str) -> None:
 def test_state_dict_round_trip(method: str, tiny: str) -> None:
     plan = small(tiny, method, settings={"refresh": 3} if _has(method, "refresh") else {})
     torch.manual_seed(0)
-    batch = probe.random_batch(plan, CPU)
+    batch = synthetic.random_batch(plan, CPU)
     model, optimizer = build(plan, lr=1e-2)
     for _ in range(2):
         _update(model, optimizer, plan, batch)
@@ -148,7 +148,7 @@ def test_products_equal_the_flop_counter(
         return
     plan = small(configs[model], method, attention="math", micro_batch=3, **changes)
     model, optimizer = build(plan)
-    batch = probe.random_batch(plan, CPU)
+    batch = synthetic.random_batch(plan, CPU)
     counted, totals = flops(work_out(plan)), []
     for update in _turns(optimizer, plan):
         optimizer.seek(update or 1)  # in an update without a refresh
@@ -174,7 +174,7 @@ def test_update_products_equal_the_flop_counter(method: str, tiny: str) -> None:
     plan = small(tiny, method, settings={"refresh": 50} if _has(method, "refresh") else {})
     model, optimizer = build(plan)
     for _ in range(2):
-        forward_loss(model, probe.random_batch(plan, CPU), plan).backward()
+        forward_loss(model, synthetic.random_batch(plan, CPU), plan).backward()
         with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
             optimizer.step()
         optimizer.zero_grad()
@@ -306,4 +306,6 @@ def _has(method: str, setting: str) -> bool:
 def _update(model: Any, optimizer: Any, plan: Any, batch: Any = None) -> float:
     from effprof.trainer.step import training_step
 
-    return float(training_step(model, optimizer, [batch or probe.random_batch(plan, CPU)], plan))
+    return float(
+        training_step(model, optimizer, [batch or synthetic.random_batch(plan, CPU)], plan)
+    )

@@ -18,7 +18,7 @@ from effprof.model import Matrix
 from effprof.registry import Clock, Group
 from effprof.step import work_out
 from effprof.tape import Tape, peak
-from effprof.trainer import probe_child as probe
+from effprof.trainer import synthetic
 from effprof.trainer.build import build
 from effprof.trainer.layer import MethodLinear
 from effprof.trainer.step import training_step
@@ -30,7 +30,7 @@ RESTARTING = ("lowrank-restarts", "sltrain-restarts")
 
 def _train(plan: Any, model: Any, optimizer: Any, updates: int) -> list[float]:
     torch.manual_seed(7)
-    batch = probe.random_batch(plan, CPU)
+    batch = synthetic.random_batch(plan, CPU)
     return [float(training_step(model, optimizer, [batch], plan)) for _ in range(updates)]
 
 

@@ -13,8 +13,8 @@ from effprof.estimator.estimate import estimate
 from effprof.plan import Plan
 from effprof.trainer.build import build
 from effprof.trainer.evaluate import evaluate
-from effprof.trainer.probe_child import random_batch
 from effprof.trainer.step import backward, forward_loss
+from effprof.trainer.synthetic import random_batch
 
 Gradients = dict[str, torch.Tensor]
 

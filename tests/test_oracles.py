@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from effprof import registry
 from effprof.model import Matrix
 from effprof.registry import Clock, Group
-from effprof.trainer import probe_child as probe
+from effprof.trainer import synthetic
 from effprof.trainer.build import build
 from effprof.trainer.step import forward_loss
 
@@ -37,7 +37,7 @@ def test_full_is_torch_adamw_bit_for_bit(impl: str, dtype: str, tiny: str) -> No
     )
     torch.manual_seed(0)
     for _ in range(5):
-        batch = probe.random_batch(plan, torch.device("cpu"))
+        batch = synthetic.random_batch(plan, torch.device("cpu"))
         for one, update in ((model, optimizer), (other, reference)):
             forward_loss(one, batch, plan).backward()
             update.step()
@@ -193,7 +193,7 @@ def test_sltrain_support_is_fixed_sorted_and_unique(tiny: str) -> None:
     plan = small(tiny, "sltrain")
     model, optimizer = build(plan, lr=1e-2)
     before = {n: b.clone() for n, b in model.named_buffers() if n.endswith("indices")}
-    probe.one_update(model, optimizer, plan, torch.device("cpu"))
+    synthetic.one_update(model, optimizer, plan, torch.device("cpu"))
     assert before
     assert all(torch.equal(dict(model.named_buffers())[n], b) for n, b in before.items())
 

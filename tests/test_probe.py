@@ -6,16 +6,19 @@ import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import run_cli, small
 
 from effprof.plan import Plan
-from effprof.trainer import probe as probes
+from effprof.prober import records, run
+from effprof.prober.compare import compare
 
 # One of each kind: torch's own, refreshed, with indices, in turns, in backward, joint, full
 # gradients now and then. That every method is recorded as declared, test_contract.py holds.
+RECORDING = Path(__file__).parent / "data" / "probe_9m_galore_cpu.jsonl"
 KINDS = ("full", "galore", "sltrain", "badam", "lomo", "loro", "golore")
 
 
@@ -26,7 +29,7 @@ def test_probe_agrees_with_the_estimate(model: str, method: str) -> None:
     """Micro-batch 4 in a process of its own; benchmarks/probe_accuracy.py runs all at 60m."""
     code, out, _ = run_cli(
         *("probe", "--model", model, "--method", method, "--micro-batch", "4"),
-        *("--seq-len", "64", "--device", "cpu", "--seconds", "0", "--json"),
+        *("--seq-len", "64", "--device", "cpu", "--seconds", "0", "--no-store", "--json"),
     )
     assert code == 0
     document = json.loads(out)
@@ -53,44 +56,124 @@ def test_table(tiny: str) -> None:
     assert max(map(len, out.splitlines())) <= 100
 
 
+def limited(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """The probe's child is started with these, too."""
+    original = subprocess.Popen
+    monkeypatch.setattr(
+        run.subprocess, "Popen", lambda command, **own: original(command, **own, **options)
+    )
+
+
+def replaced(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """A child that reads its task and then does this."""
+    start = "import json, os, sys, time; task = json.load(sys.stdin); "
+    monkeypatch.setattr(run, "COMMAND", (sys.executable, "-c", start + code))
+
+
 def test_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """A child held to 6 GiB of addresses: exit 3, how far it got, and the estimate beside it."""
-    original = subprocess.Popen
-
-    def limited(command: list[str], **options: Any) -> Any:
-        limit = 6 * 2**30
-        return original(
-            command,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
-            **options,
-        )
-
-    monkeypatch.setattr(probes.subprocess, "Popen", limited)
-    code, out, _ = run_cli(
-        *("probe", "--model", "9m", "--micro-batch", "64", "--dtype", "fp32"),
-        *("--device", "cpu", "--json"),
-    )
+    size = 6 * 2**30
+    limited(monkeypatch, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (size, size)))
+    flags = ("probe", "--model", "9m", "--micro-batch", "64", "--dtype", "fp32")
+    code, out, _ = run_cli(*flags, "--device", "cpu", "--json", "--no-store")
     document = json.loads(out)
-    assert (code, document["outcome"]) == (3, "oom")
-    assert document["measured"]["reached"] == "update 1 (first)"
-    assert document["estimated"]["memory"]["peak_allocated"] > 6 * 2**30
+    assert (code, document["outcome"], document["verdict"]) == (3, "oom", "OOM")
+    assert document["measured"]["reached"] == "backward of update 1 (first)"
+    assert document["estimated"]["memory"]["peak_allocated"] > size
+    code, out, _ = run_cli(*flags, "--device", "cpu", "--no-store")
+    assert code == 3
+    assert "It reached backward of update 1 (first)." in out
 
 
-def test_a_probe_that_hangs_is_stopped(tiny: str) -> None:
-    result = probes.probe(small(tiny, "full"), time_limit=0.5)
-    assert result.outcome == "timeout"
+ENDS = [
+    ("os.kill(os.getpid(), 9)", "killed", "SIGKILL"),
+    ("os.kill(os.getpid(), 15)", "killed", "SIGTERM"),
+    ("import ctypes; ctypes.string_at(0)", "crashed", "SIGSEGV"),
+    ("os.abort()", "crashed", "SIGABRT"),
+    ("sys.exit(7)", "failed", "exit code 7"),
+    ("time.sleep(60)", "timeout", "no answer in 2 s"),
+]
 
 
-def test_a_killed_probe_says_so(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = subprocess.Popen
+@pytest.mark.parametrize(("code", "outcome", "said"), ENDS, ids=[end[2] for end in ENDS])
+def test_however_a_child_ends_is_recorded(
+    code: str, outcome: str, said: str, tiny: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    replaced(monkeypatch, code)
+    plan, path = small(tiny, "full"), tmp_path / "record.jsonl"
+    found = run.probe(plan, run.Habits(time_limit=2), record=path)
+    assert found.outcome == outcome
+    assert said in found.detail
+    assert compare(found).verdict == "UNKNOWN"
+    assert not records.read(path)[:-1]  # it wrote nothing; that it ended is recorded
 
-    def dies(command: list[str], **options: Any) -> Any:
-        return original([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], **options)
 
-    monkeypatch.setattr(probes.subprocess, "Popen", dies)
-    result = probes.probe(small(tiny, "full"))
-    assert result.outcome == "killed"
-    assert "SIGKILL" in result.detail
+def test_a_kill_by_the_kernel_for_memory_is_out_of_memory(
+    tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = iter([3, 4])
+    monkeypatch.setattr(run.host, "oom_kills", lambda: next(counts))
+    replaced(monkeypatch, "os.kill(os.getpid(), 9)")
+    found = run.probe(small(tiny, "full"))
+    assert (found.outcome, compare(found).verdict) == ("oom", "OOM")
+
+
+def test_what_was_measured_before_a_crash_stays(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child dies in its third update; the first two are there."""
+    code = (
+        "from effprof.prober import child; original = child.one_update; calls = [0]\n"
+        "def one_update(*a, **k):\n"
+        "    calls[0] += 1\n"
+        "    original(*a, **k) if calls[0] < 3 else os.abort()\n"
+        "child.one_update = one_update\n"
+        "child.json = type('J', (), {'load': staticmethod(lambda file: task), "
+        "'dumps': staticmethod(json.dumps)})\n"
+        "child.main()"
+    )
+    replaced(monkeypatch, code)
+    found = run.probe(small(tiny, "full"))
+    assert found.outcome == "crashed"
+    assert found.measured["updates"] == 2
+    assert found.measured["resident"]["weights"] > 0
+    assert found.measured["reached"] == "update of update 2 (steady)"
+
+
+def test_a_recording_replays_to_the_same_document(tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "one.jsonl"
+    probe = ("--model", tiny, "--method", "galore", "--micro-batch", "2", "--seq-len", "16")
+    options = ("--device", "cpu", "--seconds", "0", "--no-store", "--json", "--record", path)
+    first = json.loads(run_cli("probe", *probe, *options)[1])
+    code, out, _ = run_cli("probe", "--replay", path, "--json")
+    assert code == 0
+    assert json.loads(out) == first
+    code, out, _ = run_cli("validate", "--replay", path, "--tolerance", "0.05")
+    assert code == 0
+    assert "1 of 1 within 5 %" in out
+
+
+def test_a_damaged_recording_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
+    text = RECORDING.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text("\n".join(lines[:-3]) + '\n{"record": "st', encoding="utf-8")
+    found = records.replay(cut)
+    assert found.outcome == "failed"  # it has no end
+    assert found.measured["memory"]["peak_allocated"] > 0
+    for content in ("", "no json", "[]", '{"record": "start"}', '{"a": 1}'):
+        cut.write_text(content, encoding="utf-8")
+        code, out, err = run_cli("probe", "--replay", cut)
+        assert (code, out) == (2, "")
+        assert "recording" in err
+
+
+def test_the_recording_kept_here(tmp_path: Path) -> None:
+    """Recorded with `effprof probe --model 9m --method galore …` on a Xeon of two cores."""
+    found = compare(records.replay(RECORDING), named=True)
+    assert found.probe.outcome == "ok"
+    assert abs(found.worst.error) < 1e-4
+    assert found.verdict == "FITS"
+    assert found.probe.measured["step_seconds"]["n"] >= 3
+    assert all(one.bytes < 1e5 for one in found.tensors)
 
 
 def test_a_periodic_update_is_due_for_every_half() -> None:

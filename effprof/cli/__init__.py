@@ -13,7 +13,7 @@ import typer
 
 from effprof.errors import EffprofError, UsageError, unknown
 
-COMMANDS = ("estimate", "trace", "probe", "train", "methods", "models")
+COMMANDS = ("estimate", "trace", "probe", "validate", "train", "methods", "models", "doctor")
 
 _FIRST = """Three things to try:
   effprof estimate --model 1b --method lowrank     what it needs, and on which cards it fits

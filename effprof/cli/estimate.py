@@ -20,6 +20,9 @@ Examples:
 @with_plan_flags
 def command(
     flags: Mapping[str, Any],
+    calibration: Annotated[
+        bool, typer.Option("--calibration/--no-calibration", help="Use what probes measured.")
+    ] = True,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,
@@ -27,7 +30,7 @@ def command(
     """Memory by role, FLOPs and the cards that fit; exit 3 when --gpu does not fit."""
     from effprof.estimator.estimate import estimate
 
-    result = estimate(plan_from(flags))
+    result = estimate(plan_from(flags), calibrated=calibration)
     if as_json:
         print(json.dumps(result.as_dict()))
     else:

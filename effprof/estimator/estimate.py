@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from effprof import gpus
+from effprof.calibration import Calibration
 from effprof.errors import UsageError
 from effprof.estimator.flops import UpdateFlops, flops
 from effprof.estimator.memory import Memory, memory
@@ -48,6 +49,7 @@ class Estimate:
     paper: tuple[int, str] | None
     fits: tuple[Fit, ...]
     not_modelled: tuple[str, ...]
+    calibration: Calibration | None = None
 
     @property
     def total(self) -> int:
@@ -78,28 +80,48 @@ class Estimate:
             "quality": None,
             "fits": [fit.as_dict() for fit in self.fits],
             "not_modelled": list(self.not_modelled),
+            "calibration": None
+            if self.calibration is None
+            else {"card": self.calibration.card, **self.calibration.as_dict()},
         }
 
 
-def estimate(plan: Plan) -> Estimate:
-    """Memory, FLOPs and fit of a plan, in milliseconds and without torch. Raises UsageError."""
+def estimate(plan: Plan, *, card: Gpu | None = None, calibrated: bool = True) -> Estimate:
+    """Memory, FLOPs and fit of a plan, in milliseconds and without torch. Raises UsageError.
+
+    ``card`` stands for the plan's GPU, where a probe knows the one that is there. ``calibrated``
+    uses what probes measured of the card.
+    """
     if plan.architecture.foreign:
         raise UsageError(
             f"Models of type {plan.architecture.model_type} are not estimated.",
             "Type effprof trace with the same flags.",
         )
-    card = gpus.gpu(plan.gpu) if plan.gpu else gpus.DEFAULT
+    if card is None:
+        card = gpus.gpu(plan.gpu) if plan.gpu else gpus.DEFAULT
+    if calibrated:
+        card = card.calibrated()
     step = work_out(plan)
     found = memory(step, card)
-    fitting = fits(plan, found, card)
-    return Estimate(plan, step, found, flops(step), _paper(step), fitting, not_modelled(plan))
+    return Estimate(
+        plan,
+        step,
+        found,
+        flops(step),
+        _paper(step),
+        fits(plan, found, card, calibrated=calibrated),
+        not_modelled(plan),
+        card.calibration,
+    )
 
 
-def fits(plan: Plan, found: Memory, card: Gpu) -> tuple[Fit, ...]:
+def fits(plan: Plan, found: Memory, card: Gpu, *, calibrated: bool = True) -> tuple[Fit, ...]:
     """Whether the plan's card, and each common one, holds the process; none for a CPU's plan."""
     if found.reserved is None:
         return ()
     common = [gpu for gpu in gpus.catalog().values() if gpu.common and gpu.name != plan.gpu]
+    if calibrated:
+        common = [gpu.calibrated() for gpu in common]
     cards = [card, *common] if plan.gpu else common
     # Each card's own context: a Turing card's is a fifth of an Ampere's.
     room = [(gpu, gpu.memory - found.reserved - gpu.context) for gpu in cards]

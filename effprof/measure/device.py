@@ -58,7 +58,8 @@ class CudaMeter:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._card = recognise(torch.cuda.get_device_name(device))
+        name, total = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1]
+        self._card = gpus.recognise(name, total)
 
     def begin(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -84,18 +85,3 @@ def meter(device: torch.device) -> DeviceMeter:
     if device.type == "cuda":
         return CudaMeter(device)
     return CpuMeter()
-
-
-def recognise(name: str) -> gpus.Gpu | None:
-    """The catalog's card for a driver's device name, such as ``NVIDIA GeForce RTX 4090``.
-
-    None if it is not there.
-    """
-    words = name.lower().replace("-", " ").split()
-    best: gpus.Gpu | None = None
-    for card in gpus.catalog().values():
-        parts = card.name.split("-")
-        matched = all(part in words for part in parts)
-        if matched and (best is None or len(parts) > len(best.name.split("-"))):
-            best = card
-    return best

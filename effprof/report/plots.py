@@ -32,7 +32,7 @@ def draw(path: Path, timeline: Timeline) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from effprof.trainer.files import write_whole
+    from effprof.files import write_whole
 
     figure = Figure(figsize=(10, 5), layout="constrained")
     FigureCanvasAgg(figure)

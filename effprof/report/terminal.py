@@ -14,7 +14,6 @@ from rich.text import Text
 
 from effprof import registry
 from effprof.estimator.advice import advise
-from effprof.estimator.compare import Bucket, Comparison
 from effprof.estimator.estimate import Estimate, Fit
 from effprof.estimator.memory import Memory
 from effprof.model import Architecture
@@ -63,6 +62,8 @@ def show_estimate(result: Estimate) -> None:
         )
     _show_flops(out, result)
     show_verdict(out, plan, result.fits)
+    if result.calibration is not None:
+        out.print(f"The card's constants are {result.calibration}.", style="dim")
     if plan.per_layer_update:
         out.print(
             "Each gradient is used and freed in backward: accumulation stays 1, and gradients "
@@ -218,53 +219,6 @@ def show_training(summary: Mapping[str, Any]) -> None:
     ):
         if (Path(summary["out"]) / name).exists():
             out.print(f"  {name:<14} {what}")
-
-
-def show_probe(result: Comparison) -> None:
-    """Measured against estimated, bucket by bucket, with the error."""
-    out, plan, measured = console(), result.plan, result.measured
-    out.print(
-        Text(f"{plan.model} · {plan.method} · {plan.device}: probe {result.outcome}", style="bold")
-    )
-    if result.outcome != "ok":
-        out.print(
-            f"It reached {measured.get('reached', 'nothing')}: {result.detail}", style="bold red"
-        )
-        out.print(f"The estimate for this plan is {gib(result.estimate.total)}.")
-    memory = measured.get("memory")
-    if memory:
-        rows = table("at the peak", "estimated", "measured", "error")
-        for bucket in result.at_peak:
-            rows.add_row(bucket.name.replace("_", " "), *_compared(bucket))
-        out.print(rows)
-        expected = result.estimate.memory.peak
-        out.print(
-            f"The peak: {memory['peak_phase']} of the {memory['peak_update']} update; "
-            f"estimated {expected.phase} of the {expected.update} update"
-        )
-        rows = table("held between updates", "estimated", "measured", "error")
-        for bucket in result.resident:
-            rows.add_row(bucket.name, *_compared(bucket))
-        out.print(rows)
-    times = measured.get("step_seconds")
-    if times:
-        positions = plan.global_batch * plan.seq_len
-        out.print(
-            f"Update: {duration(times['median'])} ± {100 * times['spread']:.0f} % (n = "
-            f"{times['n']}), "
-            f"{quantity(positions / times['median'])} tokens/s"
-        )
-    if measured.get("rss_peak"):
-        out.print(
-            f"Process memory at its peak, libraries and recorder included: "
-            f"{gib(measured['rss_peak'])}"
-        )
-    out.print(f"Next: effprof train --model {plan.model} --method {plan.method} --steps 100")
-
-
-def _compared(bucket: Bucket) -> tuple[str, str, str]:
-    error = "" if bucket.error is None else f"{100 * bucket.error:+.2f} %"
-    return gib(bucket.estimated), gib(bucket.measured), error
 
 
 def show_models(shapes: Sequence[Architecture]) -> None:

@@ -68,7 +68,7 @@ def _joined(every: list[Span]) -> list[Span]:
 
 def write_page(path: Path, shown: Timeline) -> None:
     """The timeline as one HTML file, light and dark, no network. Raises EffprofError."""
-    from effprof.trainer.files import write_whole
+    from effprof.files import write_whole
 
     page = files("effprof.report").joinpath("timeline.html").read_text(encoding="utf-8")
     page = page.replace("@TITLE@", html.escape(shown.title))

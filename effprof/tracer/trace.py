@@ -34,8 +34,8 @@ from effprof.trainer.build import arranged, trained_parameters
 from effprof.trainer.data import Batch
 from effprof.trainer.layer import MethodLinear
 from effprof.trainer.optimizer import MethodOptimizer
-from effprof.trainer.probe_child import random_batch
 from effprof.trainer.step import training_step
+from effprof.trainer.synthetic import random_batch
 
 SCHEMA = "effprof.trace/1"
 _ALONE = threading.Lock()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from effprof.errors import EffprofError
-from effprof.trainer.files import cannot_write, digest
+from effprof.files import cannot_write, digest
 from effprof.trainer.optimizer import MethodOptimizer
 
 PREFIX = "checkpoint-"

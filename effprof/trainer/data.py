@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from effprof.errors import EffprofError
+from effprof.files import home, write_whole
 from effprof.plan import Plan
 from effprof.trainer.corpus import DatasetCorpus, FileCorpus
-from effprof.trainer.files import home, write_whole
 
 IGNORED = -100  # transformers' label of a position without a target
 _DOCUMENTS_PER_CALL = 256

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from effprof.errors import EffprofError
+from effprof.files import write_folder
 from effprof.model import presets
 from effprof.plan import Plan, from_dict
 from effprof.step import work_out
 from effprof.trainer import checkpoint
 from effprof.trainer.build import build_model, quiet_transformers, skeleton
-from effprof.trainer.files import write_folder
 from effprof.trainer.layer import MethodLinear
 from effprof.trainer.run import read_tables
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from effprof.errors import DoesNotFitError, EffprofError
 from effprof.estimator.estimate import Estimate, estimate
+from effprof.files import write_folder, write_whole
 from effprof.measure.device import DeviceMeter, meter
 from effprof.report.live import LiveLine
 from effprof.trainer import checkpoint, metrics, schedule
@@ -26,7 +27,6 @@ from effprof.trainer.corpus import FileCorpus, corpus
 from effprof.trainer.data import Batches, Rows, StreamBatches, rows
 from effprof.trainer.evaluate import Validation, evaluate
 from effprof.trainer.export import export, has_dense_form
-from effprof.trainer.files import write_folder, write_whole
 from effprof.trainer.optimizer import MethodOptimizer
 from effprof.trainer.run import Run, open_folder
 from effprof.trainer.step import training_step

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from effprof.trainer.files import cannot_write, write_whole
+from effprof.files import cannot_write, write_whole
 
 
 class Log:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from effprof.errors import EffprofError, UsageError, unknown
+from effprof.files import to_toml, write_whole
 from effprof.model import nearest_size
 from effprof.plan import Plan, flag
 from effprof.trainer import checkpoint, schedule
-from effprof.trainer.files import to_toml, write_whole
 
 
 @dataclass(frozen=True)

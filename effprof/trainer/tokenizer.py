@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from effprof.errors import UsageError
+from effprof.files import home, write_whole
 from effprof.trainer.corpus import DatasetCorpus, FileCorpus
-from effprof.trainer.files import home, write_whole
 
 END = "<|endoftext|>"
 MAX_VOCAB = 8192

@@ -1,23 +1,20 @@
-"""Where files go, and writing them whole or not at all."""
+"""Where effprof keeps things, and writing files whole or not at all.
+
+Every estimate imports it: what only writing needs is imported there.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from effprof.errors import EffprofError
 
 
 def home() -> Path:
-    """effprof's own folder: tokenizers and tokenised corpora. EFFPROF_HOME moves it."""
+    """effprof's own folder: measurements, tokenizers, tokenised text. EFFPROF_HOME moves it."""
     return Path(os.environ.get("EFFPROF_HOME") or Path.home() / ".cache" / "effprof")
 
 
@@ -26,6 +23,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
     Raises EffprofError when the disk is full or the folder cannot be written.
     """
+    import tempfile
+
     data = content.encode() if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,6 +47,10 @@ def write_folder(folder: Path, fill: Callable[[Path], object]) -> None:
 
     Raises EffprofError when the disk is full or the place cannot be written.
     """
+    import shutil
+
+    from safetensors import SafetensorError
+
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -70,6 +73,8 @@ def cannot_write(path: Path, problem: Exception) -> EffprofError:
 
 def digest(path: Path) -> str:
     """The SHA-256 of a file."""
+    import hashlib
+
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -79,6 +84,8 @@ def to_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
 
     None is left out.
     """
+    import json
+
     lines: list[str] = []
     for name, table in tables.items():
         nested = {key: value for key, value in table.items() if isinstance(value, Mapping)}

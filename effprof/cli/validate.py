@@ -1,0 +1,116 @@
+"""effprof validate: plans measured and held against their estimates, within a tolerance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from effprof.cli.flags import refuse, with_plan_flags
+from effprof.cli.probe import checked, here, keep
+from effprof.errors import UsageError
+
+if TYPE_CHECKING:
+    from effprof.prober.compare import Comparison
+    from effprof.prober.validate import Validation
+
+NAME = "validate"
+EPILOG = """\b
+Examples:
+  effprof validate --model 9m --method galore --micro-batch 4 --tolerance 0.01
+  effprof validate --plans plans.jsonl --tape --json"""
+
+
+@with_plan_flags
+def command(
+    flags: Mapping[str, Any],
+    plans: Annotated[
+        Path | None, typer.Option(help="Plans as .json, .jsonl or .toml ([[plan]]).")
+    ] = None,
+    replay: Annotated[
+        list[Path] | None,
+        typer.Option(help="A recording in place of a run; may be given several times."),
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="Relative error allowed of each measured total.")
+    ] = 0.05,
+    seconds: Annotated[float, typer.Option(help="Seconds to time each plan for, at most.")] = 30.0,
+    time_limit: Annotated[float, typer.Option(help="Seconds before a probe is stopped.")] = 900.0,
+    interval: Annotated[float, typer.Option(help="Seconds between two readings of NVML.")] = 0.02,
+    tape: Annotated[
+        bool, typer.Option("--tape", help="Name the tensors behind the largest disagreement.")
+    ] = False,
+    store: Annotated[
+        bool, typer.Option("--store/--no-store", help="Keep the measurements of runs.")
+    ] = True,
+    calibration: Annotated[
+        bool, typer.Option("--calibration/--no-calibration", help="Use what probes measured.")
+    ] = True,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document and nothing else.")
+    ] = False,
+) -> int:
+    """Probe each plan and compare bucket by bucket; exit 3 when one is out of tolerance."""
+    if not 0 < tolerance < 10:
+        raise UsageError(
+            f"--tolerance cannot be {tolerance:g}.", "Type a relative error, such as 0.05."
+        )
+    if replay:
+        refuse(flags, tuple(flags), "a replay: recordings hold their plans")
+        if plans is not None:
+            raise UsageError("--plans has no effect with --replay.", "Leave one of them out.")
+        from effprof.prober.compare import compare
+        from effprof.prober.records import replay as read
+        from effprof.prober.validate import Validation
+
+        found = [compare(read(path), calibrated=calibration, named=tape) for path in replay]
+        return _report(Validation(tuple(found), tolerance), as_json=as_json)
+    refuse(flags, ("gpu", "tokens", "attention_mask"), "a validation")
+    from effprof.prober.run import Habits
+    from effprof.prober.validate import validate
+
+    habits = checked(Habits(seconds, time_limit, interval, labelled=tape))
+    wanted = _plans(flags, plans)
+    number = iter(range(1, len(wanted) + 1))
+
+    def told(result: Comparison, left: float) -> None:
+        from effprof.report.terminal import line
+        from effprof.units import duration
+
+        kept = keep(result) if store else None
+        plan, more = result.plan, f", about {duration(left)} left" if left else ""
+        where = f" (measurement {kept})" if kept else ""
+        line(f"[{next(number)}/{len(wanted)}{more}] {plan.model} {plan.method}: "
+             f"{result.verdict}{where}")  # fmt: skip
+
+    validation = validate(
+        wanted, habits, tolerance=tolerance, calibrated=calibration, named=tape, on_result=told
+    )
+    return _report(validation, as_json=as_json)
+
+
+def _plans(flags: Mapping[str, Any], plans: Path | None) -> list[Any]:
+    if plans is None:
+        return [here(flags)]
+    refuse(flags, tuple(name for name in flags if name != "device"), "--plans: each line is whole")
+    from effprof.cli.flags import default_device
+    from effprof.prober.validate import plans_of
+    from effprof.trainer.build import resolve_device
+
+    found = plans_of(plans, lambda: str(default_device(flags)["device"]))
+    for device in {plan.device for plan in found}:
+        resolve_device(device)
+    return found
+
+
+def _report(validation: Validation, *, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(validation.as_dict()))
+    else:
+        from effprof.report.probe import show_validation
+
+        show_validation(validation.results, validation.tolerance)
+    return 0 if validation.passed else 3
