@@ -1,4 +1,4 @@
-"""Which GPU: its memory, compute capability and peak, from the catalog or from numbers."""
+"""Which GPU: its memory, peaks and bandwidth, from the catalog or from numbers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import functools
 import re
 import tomllib
 from dataclasses import dataclass
+from typing import Any
 
 from effprof import calibration
 from effprof.calibration import Calibration
 from effprof.errors import UsageError, unknown
 from effprof.model import PRESETS
-from effprof.units import MIB, parse_bytes
+from effprof.units import MIB, parse_bytes, parse_count
 
 # Memory of a process outside the allocator after its first kernels: measured on an RTX A6000 (torch
 # 2.14.1+cu130) and a
@@ -28,8 +29,9 @@ WORKSPACE_HOPPER = 32 * MIB
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """``memory`` in bytes, ``bf16_flops`` the dense peak per second or None where it is not
-    known.
+    """A card: ``memory`` in bytes; dense peaks in FLOP/s with fp32 accumulation and without
+    sparsity, ``bandwidth``, ``link`` (all links, both directions) and ``pcie`` (one direction) in
+    bytes/s, ``power`` in watts. None where it is not known.
     """
 
     name: str
@@ -37,7 +39,18 @@ class Gpu:
     memory: int
     capability: float | None = None
     bf16_flops: float | None = None
+    fp16_flops: float | None = None
+    tf32_flops: float | None = None
+    fp32_flops: float | None = None
+    bandwidth: float | None = None
+    link: float | None = None
+    pcie: float | None = None
+    power: float | None = None
+    vendor: str = ""
     common: bool = False
+    nominal: bool = False
+    unified: bool = False
+    source: str = ""
     calibration: Calibration | None = None
 
     @property
@@ -54,44 +67,118 @@ class Gpu:
             return self.calibration.workspace
         return WORKSPACE_HOPPER if self.capability and self.capability >= 9 else WORKSPACE
 
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON object: bytes, FLOP/s, bytes/s, watts."""
+        names = [item.name for item in dataclasses.fields(self) if item.name != "calibration"]
+        return {name: getattr(self, name) for name in names}
+
     def calibrated(self) -> Gpu:
         """The card with what probes have measured of it here."""
         return dataclasses.replace(self, calibration=calibration.of(self.name))
 
+    def peak(self, dtype: str) -> float | None:
+        """FLOP/s of matrix products in a dtype (bf16, fp16 or fp32, which torch runs without tf32).
+
+        A card without bf16 tensor cores runs bf16 products at most at its fp32 rate.
+        """
+        if dtype == "bf16":
+            return self.bf16_flops or self.fp32_flops
+        return (self.fp16_flops or self.fp32_flops) if dtype == "fp16" else self.fp32_flops
+
+
+@functools.cache
+def _tables() -> dict[str, str]:
+    """Each card's table as text: reading all of them as TOML would be a tenth of an estimate."""
+    text = (PRESETS / "gpus.toml").read_text(encoding="utf-8")
+    parts = re.split(r"^\[([^\]]+)\]$", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@functools.cache
+def _card(name: str) -> Gpu:
+    row = tomllib.loads(_tables()[name])
+
+    def times(key: str, unit: float) -> float | None:
+        return row[key] * unit if key in row else None
+
+    return Gpu(
+        name,
+        row["title"],
+        row["memory_mib"] * MIB,
+        row.get("capability"),
+        bf16_flops=times("bf16_tflops", 1e12),
+        fp16_flops=times("fp16_tflops", 1e12),
+        tf32_flops=times("tf32_tflops", 1e12),
+        fp32_flops=times("fp32_tflops", 1e12),
+        bandwidth=times("bandwidth_gb_s", 1e9),
+        link=times("link_gb_s", 1e9),
+        pcie=times("pcie_gb_s", 1e9),
+        power=times("tdp_w", 1.0),
+        vendor=row["vendor"],
+        common=row.get("common", False),
+        nominal=row.get("nominal", False),
+        unified=row.get("unified", False),
+        source=row["source"],
+    )
+
+
+@functools.cache
+def common() -> tuple[Gpu, ...]:
+    """The cards of the "fits on" line, smallest first."""
+    found = [_card(name) for name, text in _tables().items() if "common = true" in text]
+    return tuple(sorted(found, key=lambda card: card.memory))
+
 
 @functools.cache
 def catalog() -> dict[str, Gpu]:
-    """Every GPU by name."""
-    with open(PRESETS / "gpus.toml", "rb") as file:
-        table = tomllib.load(file)
-    return {
-        name: Gpu(
-            name,
-            row["title"],
-            row["memory_mib"] * MIB,
-            row["capability"],
-            row["bf16_tflops"] * 1e12 if "bf16_tflops" in row else None,
-            row.get("common", False),
-        )
-        for name, row in table.items()
-    }
+    """Every card by name."""
+    return {name: _card(name) for name in _tables()}
+
+
+_GIVEN = ("mem", "bw", "bf16", "fp16", "fp32")
 
 
 def gpu(text: str) -> Gpu:
-    """A GPU by catalog name, or by its memory as ``mem=24GB``. Raises UsageError."""
+    """A card by catalog name, or by numbers as ``mem=24GB,bw=1TB/s,bf16=165T``. Raises
+    UsageError.
+    """
     name = text.lower().replace("_", "-").replace(" ", "-")
-    if name in catalog():
-        return catalog()[name]
-    if "=" in text:
-        given = dict(part.partition("=")[::2] for part in text.split(","))
-        extra = given.keys() - {"mem"}
-        if extra or "mem" not in given:
-            raise UsageError(
-                f"--gpu {text!r} is not understood.",
-                "Give the memory as --gpu mem=24GB (or 22.5GiB).",
-            )
-        return Gpu(text, text, parse_bytes(given["mem"], "--gpu mem"))
-    raise unknown("GPU", text, catalog(), "Or give its memory: --gpu mem=24GB.")
+    if name in _tables():
+        return _card(name)
+    if "=" not in text:
+        hint = "Or give its numbers: --gpu mem=24GB,bw=1TB/s,bf16=165T."
+        raise unknown("GPU", text, _tables(), hint)
+    given = {
+        key.strip(): value.strip()
+        for part in text.split(",")
+        for key, _, value in [part.partition("=")]
+    }
+    extra = given.keys() - set(_GIVEN)
+    if extra or "mem" not in given or len(given) != text.count(",") + 1:
+        raise UsageError(
+            f"--gpu {text!r} is not understood.",
+            "Give the memory as --gpu mem=24GB (or 22.5GiB), and for times bw=1TB/s,bf16=165T.",
+        )
+    rates = {key: _rate(key, given[key]) if key in given else None for key in _GIVEN[2:]}
+    bandwidth = None
+    if "bw" in given:
+        bandwidth = float(parse_bytes(given["bw"].removesuffix("/s"), "--gpu bw"))
+    return Gpu(
+        text,
+        text,
+        parse_bytes(given["mem"], "--gpu mem"),
+        bf16_flops=rates["bf16"],
+        fp16_flops=rates["fp16"],
+        fp32_flops=rates["fp32"],
+        bandwidth=bandwidth,
+    )
+
+
+def _rate(key: str, text: str) -> float:
+    """FLOP/s such as ``165T``; a bare number is refused: nobody means 165 FLOP/s."""
+    if text[-1:].isdigit():
+        raise UsageError(f"--gpu {key}={text} has no unit.", f"Type for example {key}=165T.")
+    return float(parse_count(text.removesuffix("FLOPS").removesuffix("FLOP/s"), f"--gpu {key}"))
 
 
 def recognise(name: str, total: int | None = None) -> Gpu | None:
@@ -101,11 +188,12 @@ def recognise(name: str, total: int | None = None) -> Gpu | None:
     None where no card has the name, or none of its size.
     """
     words = name.lower().replace("-", " ").replace("_", " ").split()
+    kinds = _KINDS & set(words)
     found: list[tuple[int, Gpu]] = []
     for card in catalog().values():
         parts = [part for part in card.name.split("-") if not _SIZE.fullmatch(part)]
         sized = total is None or abs(total / card.memory - 1) < _SAME_SIZE
-        if sized and all(part in words for part in parts):
+        if sized and all(part in words for part in parts) and kinds <= set(parts):
             found.append((len(parts), card))
     most = max((count for count, _ in found), default=0)
     best = [card for count, card in found if count == most]
@@ -115,6 +203,8 @@ def recognise(name: str, total: int | None = None) -> Gpu | None:
     return next(iter(named or best), None)
 
 
+# A card of another kind, and another speed, than the one whose name it begins with.
+_KINDS = {"laptop", "max", "sff", "ti", "super", "mobile", "d", "v2"}
 _SIZE = re.compile(r"[0-9]+gb")
 _SAME_SIZE = 0.08  # what ECC and the driver keep back differs by a few per cent
 

@@ -14,6 +14,7 @@ import pytest
 from helpers import run_cli
 
 from effprof import registry
+from effprof.cli import COMMANDS
 from effprof.plan import CHOICES
 
 ROOT = Path(__file__).parent.parent
@@ -29,9 +30,7 @@ def test_version() -> None:
     assert re.fullmatch(r"effprof \d+\.\d+\.\d+\n", run_cli("--version")[1])
 
 
-@pytest.mark.parametrize(
-    "command", ["estimate", "trace", "probe", "validate", "train", "methods", "models", "doctor"]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_ends_in_two_examples(command: str) -> None:
     code, out, _ = run_cli(command, "--help")
     assert code == 0

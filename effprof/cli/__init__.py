@@ -13,7 +13,17 @@ import typer
 
 from effprof.errors import EffprofError, UsageError, unknown
 
-COMMANDS = ("estimate", "trace", "probe", "validate", "train", "methods", "models", "doctor")
+COMMANDS = (
+    "estimate",
+    "trace",
+    "probe",
+    "validate",
+    "train",
+    "methods",
+    "models",
+    "gpus",
+    "doctor",
+)
 
 _FIRST = """Three things to try:
   effprof estimate --model 1b --method lowrank     what it needs, and on which cards it fits

@@ -119,7 +119,7 @@ def fits(plan: Plan, found: Memory, card: Gpu, *, calibrated: bool = True) -> tu
     """Whether the plan's card, and each common one, holds the process; none for a CPU's plan."""
     if found.reserved is None:
         return ()
-    common = [gpu for gpu in gpus.catalog().values() if gpu.common and gpu.name != plan.gpu]
+    common = [gpu for gpu in gpus.common() if gpu.name != plan.gpu]
     if calibrated:
         common = [gpu.calibrated() for gpu in common]
     cards = [card, *common] if plan.gpu else common
