@@ -6,6 +6,7 @@ The measurement store writes ``calibration.json`` beside itself; estimates read 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,8 @@ class Calibration:
     """A card's constants: the medians of its newest probes with one driver and torch.
 
     ``context`` is bytes outside the caching allocator, ``workspace`` bytes of one cuBLAS handle,
-    ``efficiency`` what each class of kernel reaches of its roofline. What was not measured is None.
+    ``efficiency`` the rate that each class of kernel reached, by class and dtype. What was not
+    measured is None.
     """
 
     card: str
@@ -32,6 +34,13 @@ class Calibration:
     efficiency: Mapping[str, float] = field(default_factory=dict)
     torch: str = ""
     driver: str = ""
+
+    def rates(self, dtype: str) -> dict[str, float] | None:
+        """Rates by class of kernel in a compute dtype, or None where they were not measured."""
+        names = ("matmul", "attention", "traffic", "decomposition", "launch", "dispatch", "fresh")
+        found = {name: self.efficiency.get(f"{name}_{dtype}") for name in names}
+        known = {name: value for name, value in found.items() if value is not None}
+        return known if known.keys() >= set(names[:-1]) else None
 
     def __str__(self) -> str:
         probes = "1 probe" if self.probes == 1 else f"{self.probes} probes"
@@ -55,16 +64,44 @@ def of(card: str) -> Calibration | None:
     """
     try:
         text = path().read_text(encoding="utf-8")
-    except OSError:
+    except (OSError, ValueError):  # ValueError: it is no text
         return None
     import json
 
     try:
         document = json.loads(text)
         row = document["cards"].get(card) if document.get("schema") == SCHEMA else None
-        return None if row is None else Calibration(card, **row)
+        return None if row is None else _checked(Calibration(card, **row))
     except (ValueError, TypeError, AttributeError, KeyError):
         return None
+
+
+def _checked(found: Calibration) -> Calibration:
+    """Raises ValueError for constants that are none."""
+    sizes = [one for one in (found.context, found.workspace) if one is not None]
+    rates = list(found.efficiency.values())
+    if not all(isinstance(one, int) and 0 <= one < 1 << 50 for one in sizes):
+        raise ValueError
+    if not all(isinstance(one, float) and one >= 0 for one in rates):
+        raise ValueError
+    return found
+
+
+def this_cpu() -> str:
+    """The processor this process runs on, as calibrations name it."""
+    name, cores = "cpu", os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    except OSError:
+        import platform
+
+        name = platform.processor() or platform.machine() or name
+    return f"{name} × {cores}"
 
 
 def document(found: Mapping[str, Calibration]) -> dict[str, Any]:

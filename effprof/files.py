@@ -42,6 +42,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise cannot_write(path, problem) from None
 
 
+def check_writable(path: Path) -> None:
+    """Raises EffprofError for a file that could not be written, before the work is done."""
+    existing = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+    if path.is_dir() or not os.access(existing, os.W_OK):
+        raise cannot_write(path, IsADirectoryError(21, "it is a folder, or not yours to write"))
+    if existing.is_file() and existing != path.absolute():
+        raise cannot_write(path, NotADirectoryError(20, "Not a directory"))
+
+
 def write_folder(folder: Path, fill: Callable[[Path], object]) -> None:
     """Let ``fill`` write a folder under a temporary name, then put it in the old one's place.
 

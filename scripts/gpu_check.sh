@@ -7,9 +7,8 @@
 # EFFPROF names another command than the one in .venv or on PATH, METHODS=a,b fewer methods, SECONDS_EACH another time;
 # DEVICE=cpu rehearses it without a GPU.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-
-out=${1:-gpu_check.json}
+out=$(realpath -m "${1:-gpu_check.json}")
+cd "$(dirname "$0")/.." || exit 1
 [ $# -gt 0 ] && shift
 models=("$@")
 [ ${#models[@]} -gt 0 ] || models=(60m 1b)
@@ -19,12 +18,12 @@ device=${DEVICE:-cuda}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-"$effprof" doctor | tee /dev/stderr >"$work/doctor.txt"
+"$effprof" doctor | tee "$work/doctor.txt" >&2
 "$effprof" doctor --json >"$work/doctor.json"
 
 tests=skipped
 if [ "$device" = cuda ]; then
-  if "$python" -m pytest -q -m gpu tests/test_gpu.py 2>&1 | tee /dev/stderr >"$work/tests.txt"; then
+  if "$python" -m pytest -q -m gpu tests/test_gpu.py 2>&1 | tee "$work/tests.txt" >&2; then
     tests=passed
   else
     tests=failed
@@ -58,18 +57,28 @@ import sys
 from pathlib import Path
 
 out, tests, code, work = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
-text = (work / "validation.json").read_text()
+
+
+def read(name):
+    """A document, or its text where a command failed half-way: better than nothing."""
+    text = (work / name).read_text()
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"failed": text[-2000:]}
+
+
 document = {
     "schema": "effprof.gpu_check/1",
-    "doctor": json.loads((work / "doctor.json").read_text()),
+    "doctor": read("doctor.json"),
     "tests": {"result": tests, "output": (work / "tests.txt").read_text()[-20_000:]},
-    "validation": json.loads(text) if text.strip() else None,
+    "validation": read("validation.json"),
     "validation_exit_code": code,
 }
 temporary = out.with_suffix(".tmp")
 temporary.write_text(json.dumps(document))
 temporary.replace(out)
-results = (document["validation"] or {"results": []})["results"]
+results = document["validation"].get("results", [])
 good = sum(one["within"] for one in results)
 print(f"{out}: tests {tests}; {good} of {len(results)} plans within 5 %. Send this file back.")
 PYTHON

@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from effprof.measure.recorder import CpuRecorder
-from effprof.prober import child
+from effprof.prober import child, runner
 
 GIB = 2**30
 
@@ -70,7 +70,7 @@ def install() -> None:
     history, reserved = History(), int(os.environ.get("STAND_IN_RESERVED", GIB))
     workspace = iter([0, 8_519_680] * 10)
     total = int(os.environ.get("NVML_TOTAL", str(80 * GIB)).split(",")[0])
-    os.environ.setdefault("NVML_PID", str(os.getpid()))
+    os.environ.setdefault("NVML_PID", f"0,{os.getpid()}")  # not there before it began
     answers: dict[str, Any] = {
         "is_available": lambda: True,
         "set_device": lambda device: None,
@@ -79,7 +79,7 @@ def install() -> None:
         "max_memory_allocated": lambda device=None: int(os.environ["STAND_IN_ALLOCATED"]),
         "max_memory_reserved": lambda device=None: reserved,
         "memory_reserved": lambda device=None: reserved,
-        "memory_allocated": lambda device=None: next(workspace),
+        "memory_stats": lambda device=None: {"requested_bytes.all.current": next(workspace)},
         "mem_get_info": lambda device=None: (total - 3 * GIB, total),
         "get_device_name": lambda device=None: os.environ.get("NVML_NAME", "NVIDIA A100-SXM4-80GB"),
         "get_device_capability": lambda device=None: (8, 0),
@@ -92,7 +92,7 @@ def install() -> None:
     torch.cuda.memory._record_memory_history = history.record
     torch.cuda.memory._snapshot = history.snapshot
     torch._C._cuda_clearCublasWorkspaces = lambda: None
-    child.resolve_device = lambda name, allocator="default": torch.device("cpu")
+    runner.resolve_device = lambda name, allocator="default": torch.device("cpu")
     fail = os.environ.get("STAND_IN_FAIL", "")
     if fail:
         _failing(fail)
@@ -101,7 +101,7 @@ def install() -> None:
 def _failing(how: str) -> None:
     """``oom@3`` or ``lost@3``: the third update ends so."""
     kind, _, number = how.partition("@")
-    original, calls = child.one_update, [0]
+    original, calls = runner.one_update, [0]
 
     def one_update(*arguments: Any, **options: Any) -> None:
         calls[0] += 1
@@ -111,7 +111,7 @@ def _failing(how: str) -> None:
         if calls[0] == int(number):
             raise RuntimeError("CUDA error: unspecified launch failure")
 
-    child.one_update = one_update
+    runner.one_update = one_update
 
 
 if __name__ == "__main__":

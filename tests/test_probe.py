@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from helpers import run_cli, small
 
@@ -121,11 +126,11 @@ def test_a_kill_by_the_kernel_for_memory_is_out_of_memory(
 def test_what_was_measured_before_a_crash_stays(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The child dies in its third update; the first two are there."""
     code = (
-        "from effprof.prober import child; original = child.one_update; calls = [0]\n"
+        "from effprof.prober import child, runner; original = runner.one_update; calls = [0]\n"
         "def one_update(*a, **k):\n"
         "    calls[0] += 1\n"
         "    original(*a, **k) if calls[0] < 3 else os.abort()\n"
-        "child.one_update = one_update\n"
+        "runner.one_update = one_update\n"
         "child.json = type('J', (), {'load': staticmethod(lambda file: task), "
         "'dumps': staticmethod(json.dumps)})\n"
         "child.main()"
@@ -164,6 +169,53 @@ def test_a_damaged_recording_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
         code, out, err = run_cli("probe", "--replay", cut)
         assert (code, out) == (2, "")
         assert "recording" in err
+
+
+def test_a_recording_with_a_wrong_value_is_damaged(tmp_path: Path) -> None:
+    """Each field of each kind of record, replaced: an error in one sentence, or a result."""
+    lines = [json.loads(line) for line in RECORDING.read_text(encoding="utf-8").splitlines()]
+    kinds = {one["record"]: index for index, one in enumerate(lines)}
+    path = tmp_path / "wrong.jsonl"
+    for index in kinds.values():
+        for key in lines[index]:
+            for wrong in (None, "x", -1, 10**400, [], {"a": 1}):
+                if key == "record" or (key == "plan" and wrong is None):
+                    continue
+                changed = [*lines[:index], {**lines[index], key: wrong}, *lines[index + 1 :]]
+                path.write_text("\n".join(map(json.dumps, changed)), encoding="utf-8")
+                code, out, err = run_cli("probe", "--replay", path, "--tape", "--json")
+                assert code in (0, 1, 2, 3), (lines[index]["record"], key, wrong)
+                assert (code == 2) == (not out), (lines[index]["record"], key, wrong)
+                assert "Traceback" not in err
+
+
+def test_a_record_that_cannot_be_written_is_said_before(tiny: str, tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "file" / "x"):
+        (tmp_path / "file").write_text("")
+        code, out, err = run_cli("probe", "--model", tiny, "--device", "cpu", "--record", path)
+        assert (code, out) == (1, "")
+        assert "Cannot write" in err
+
+
+def test_a_child_does_not_outlive_its_parent(tiny: str, tmp_path: Path) -> None:
+    """Killed while the child imports torch, and while it measures; SIGTERM cleans up, too."""
+    code = (
+        "from effprof.cli import run; import sys; sys.exit(run(['probe', '--model', sys.argv[1],"
+        " '--device', 'cpu', '--seconds', '60', '--no-store']))"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    for number, delay in ((signal.SIGKILL, 4.0), (signal.SIGKILL, 12.0), (signal.SIGTERM, 12.0)):
+        parent = subprocess.Popen([sys.executable, "-c", code, tiny], env=environment)
+        time.sleep(delay)
+        children = psutil.Process(parent.pid).children()
+        parent.send_signal(number)
+        assert parent.wait() == (143 if number == signal.SIGTERM else -9)
+        _, alive = psutil.wait_procs(children, timeout=8)
+        assert not alive
+        left = list(tmp_path.glob("effprof-probe-*"))
+        assert bool(left) == (number == signal.SIGKILL and bool(children))
+        for folder in left:
+            shutil.rmtree(folder)
 
 
 def test_the_recording_kept_here(tmp_path: Path) -> None:

@@ -54,6 +54,12 @@ def test_round_trip() -> None:
     assert row["tokens_per_second"] == 1024 / row["step_seconds"]
 
 
+def test_a_recording_counts_once() -> None:
+    for _ in range(2):
+        assert run_cli("probe", "--replay", RECORDING, "--store")[0] == 0
+    assert store.count() == 1
+
+
 def test_list_show_and_export(tmp_path: Path) -> None:
     assert run_cli("probe", "--replay", RECORDING, "--store")[0] == 0
     code, out, _ = run_cli("probe", "--list")
@@ -77,12 +83,21 @@ def test_list_show_and_export(tmp_path: Path) -> None:
         (("--show", "9"), "--list"),
         (("--export", "xlsx"), "csv"),
         (("--export", "parquet"), "--out"),
-        (("--list", "--show", "1"), "one of them"),
+        (("--list", "--show", "1"), "Leave --show out"),
         (("--list", "--model", "9m"), "--model"),
         (("--model", "9m", "--out", "x"), "--export"),
         (("--model", "9m", "--max-memory", "1GB"), "--find"),
         (("--model", "9m", "--find", "batch"), "max-batch"),
         (("--model", "9m", "--interval", "0.001"), "0.02"),
+        (("--model", "9m", "--margin", "nan"), "0.05"),
+        (("--model", "9m", "--margin", "-1"), "0.05"),
+        (("--replay", "x", "--seconds", "3"), "--seconds"),
+        (("--replay", "x", "--record", "y"), "--record"),
+        (("--list", "--tape"), "--tape"),
+        (("--model", "9m", "--find", "max-batch", "--seconds", "1"), "--seconds"),
+        (("--export", ""), "csv"),
+        (("--export", "csv", "--json"), "--json"),
+        (("--show", "99999999999999999999"), "--list"),
     ],
 )
 def test_usage(arguments: tuple[str, ...], hint: str) -> None:

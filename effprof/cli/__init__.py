@@ -74,6 +74,8 @@ def run(arguments: list[str]) -> int:
     first = arguments[0] if arguments else ""
     app = build([first] if first in COMMANDS else COMMANDS)
     try:
+        if sys.stdout is None:  # `effprof … >&-`
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
         result = app(arguments, standalone_mode=False, prog_name="effprof")
         sys.stdout.flush()
         return result if isinstance(result, int) else 0

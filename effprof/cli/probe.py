@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from effprof.cli.flags import default_device, plan_from, refuse, with_plan_flags
-from effprof.errors import UsageError
+from effprof.errors import EffprofError, UsageError
+from effprof.plan import flag
 from effprof.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -26,43 +27,42 @@ Examples:
 _FORMATS = ("csv", "parquet")
 
 
+def _option(help_text: str, *names: str) -> Any:
+    return typer.Option(*names, help=help_text, show_default=False)
+
+
 @with_plan_flags
 def command(
     flags: Mapping[str, Any],
     seconds: Annotated[
-        float, typer.Option(help="Seconds to time steady updates for, at most.")
-    ] = 30.0,
-    time_limit: Annotated[float, typer.Option(help="Seconds before the probe is stopped.")] = 900.0,
-    interval: Annotated[float, typer.Option(help="Seconds between two readings of NVML.")] = 0.02,
+        float | None, _option("Seconds to time steady updates for, at most. [30]")
+    ] = None,
+    time_limit: Annotated[
+        float | None, _option("Seconds before the probe, or a trial, is stopped. [900]")
+    ] = None,
+    interval: Annotated[float | None, _option("Seconds between two readings. [0.02]")] = None,
     tape: Annotated[
-        bool, typer.Option("--tape", help="Name the tensors behind the largest disagreement.")
-    ] = False,
-    find: Annotated[
-        str | None, typer.Option(help="max-batch: the largest that really runs.")
+        bool | None, _option("Name the tensors behind the largest disagreement.", "--tape")
     ] = None,
+    find: Annotated[str | None, _option("max-batch: the largest that really runs.")] = None,
     max_memory: Annotated[
-        str | None, typer.Option(help="With --find: use no more than this, such as 20GB.")
+        str | None, _option("With --find: use no more than this, such as 20GB.")
     ] = None,
-    margin: Annotated[float, typer.Option(help="Share of the memory to keep back.")] = 0.05,
-    record: Annotated[Path | None, typer.Option(help="Keep the raw records in a file.")] = None,
-    replay: Annotated[
-        Path | None, typer.Option(help="A recording in place of a run; no device is needed.")
-    ] = None,
+    margin: Annotated[float | None, _option("Share of memory to keep back. [0.05]")] = None,
+    record: Annotated[Path | None, _option("Keep the raw records in a file.")] = None,
+    replay: Annotated[Path | None, _option("A recording in place of a run.")] = None,
     store: Annotated[
         bool | None,
-        typer.Option(
-            "--store/--no-store",
-            help="Keep the measurement. [a run: yes, a replay: no]",
-            show_default=False,
-        ),
+        _option("Keep the measurement. [a run: yes, a replay: no]", "--store/--no-store"),
     ] = None,
     calibration: Annotated[
-        bool, typer.Option("--calibration/--no-calibration", help="Use what probes measured.")
-    ] = True,
-    listed: Annotated[bool, typer.Option("--list", help="The measurements kept.")] = False,
-    show: Annotated[int | None, typer.Option(help="One measurement, whole, as JSON.")] = None,
-    export: Annotated[str | None, typer.Option(help="All measurements as csv or parquet.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where --export writes.")] = None,
+        bool | None,
+        _option("Use what probes measured. [yes]", "--calibration/--no-calibration"),
+    ] = None,
+    listed: Annotated[bool | None, _option("The measurements kept.", "--list")] = None,
+    show: Annotated[int | None, _option("One measurement, whole, as JSON.")] = None,
+    export: Annotated[str | None, _option("All measurements as csv or parquet.")] = None,
+    out: Annotated[Path | None, _option("Where --export writes.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,
@@ -71,44 +71,79 @@ def command(
 
     Exit 3 when memory runs out.
     """
-    if listed or show is not None or export:
-        refuse(flags, tuple(flags), "--list, --show and --export")
-        return _kept(listed=listed, show=show, export=export, out=out, as_json=as_json)
-    if out is not None:
-        raise UsageError("--out has no effect without --export.", "Add --export csv.")
-    if replay is not None:
-        refuse(flags, tuple(flags), "a replay: the recording holds its plan")
-        if record is not None or find:
-            raise UsageError("--replay runs nothing to record or find.", "Leave one of them out.")
+    names = "seconds time_limit interval tape find max_memory margin record replay store "
+    names += "calibration listed show export out"
+    own = {name: value for name, value in locals().items() if name in names.split()}
+    given = {name: value for name, value in own.items() if value is not None}
+    mode = next((name for name in _MODES if name in given), "run")
+    _refuse_others(mode, given, flags)
+    margin = 0.05 if margin is None else checked_margin(margin)
+    calibrated = calibration is not False
+    if mode in ("listed", "show", "export"):
+        return _kept(listed=bool(listed), show=show, export=export, out=out, as_json=as_json)
+    if mode == "replay":
+        assert replay is not None
         from effprof.prober.compare import compare
         from effprof.prober.records import replay as read
 
-        result = compare(read(replay), calibrated=calibration, named=tape, margin=margin)
-        return _report(result, store=bool(store), as_json=as_json)
+        result = compare(read(replay), calibrated=calibrated, named=bool(tape), margin=margin)
+        return _report(result, store=bool(store), as_json=as_json, replayed=True)
     refuse(flags, ("gpu", "tokens", "attention_mask"), "a probe")
     from effprof.prober.run import Habits
 
-    habits = checked(Habits(seconds, time_limit, interval, labelled=tape))
+    habits = checked(Habits(**_durations(given), labelled=bool(tape)))
     plan = here(flags)
-    if find is not None:
-        if find != "max-batch":
-            raise UsageError(f"--find {find!r} is not known.", "Type --find max-batch.")
-        if record is not None or store or tape:
-            raise UsageError(
-                "--find keeps only its answer: --record, --store and --tape have no effect.",
-                "Probe the answer with them.",
-            )
-        return _find(plan, habits, margin=margin, max_memory=max_memory, as_json=as_json)
-    if max_memory is not None:
-        raise UsageError("--max-memory has no effect without --find.", "Add --find max-batch.")
-
+    if mode == "find":
+        return _find(plan, habits, given | {"margin": margin}, as_json=as_json)
+    from effprof.files import check_writable
     from effprof.prober.compare import compare
     from effprof.prober.run import probe
 
-    result = compare(
-        probe(plan, habits, record=record), calibrated=calibration, named=tape, margin=margin
-    )
+    if record is not None:
+        check_writable(record)
+    found = probe(plan, habits, record=record)
+    result = compare(found, calibrated=calibrated, named=bool(tape), margin=margin)
     return _report(result, store=store is not False, as_json=as_json)
+
+
+_DURATIONS = ("seconds", "time_limit", "interval")
+# What each way to use the command takes; the first that is given decides.
+_MODES = {
+    "listed": (),
+    "show": (),
+    "export": ("out",),
+    "replay": ("tape", "margin", "store", "calibration"),
+    "find": ("time_limit", "interval", "max_memory", "margin"),
+    "run": (*_DURATIONS, "tape", "margin", "record", "store", "calibration"),
+}
+
+
+def _refuse_others(mode: str, given: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
+    """Raises UsageError for an option that does nothing in this mode."""
+    shown = {"listed": "--list"}
+    name = shown.get(mode, flag(mode))
+    for other in given:
+        if other not in (mode, *_MODES[mode]):
+            needs = next((one for one, takes in _MODES.items() if other in takes), "run")
+            with_or = "without" if mode == "run" else "with"
+            raise UsageError(
+                f"{shown.get(other, flag(other))} has no effect {with_or} "
+                f"{flag(needs) if mode == 'run' else name}.",
+                f"Leave {shown.get(other, flag(other))} out.",
+            )
+    if mode in ("listed", "show", "export", "replay"):
+        refuse(flags, tuple(flags), f"{name}, which takes no plan")
+
+
+def _durations(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: given[name] for name in _DURATIONS if name in given}
+
+
+def checked_margin(margin: float) -> float:
+    """Raises UsageError for a share that cannot be kept back."""
+    if not 0 <= margin < 0.9:
+        raise UsageError(f"--margin cannot be {margin:g}.", "Type a share, such as 0.05.")
+    return margin
 
 
 def checked(habits: Habits) -> Habits:
@@ -138,23 +173,22 @@ def here(flags: Mapping[str, Any]) -> Plan:
     return plan
 
 
-def keep(result: Comparison) -> int | None:
+def keep(result: Comparison, *, once: bool = False) -> int | None:
     """Store a measurement; where that fails people are told, and it is still shown."""
-    from effprof.errors import EffprofError
     from effprof.measure import store
     from effprof.report.terminal import line
 
     if not result.probe.taken:
         return None  # it never began
     try:
-        return store.add(result.as_dict())
+        return store.add(result.as_dict(), once=once)
     except EffprofError as problem:
         line(f"Warning: {problem.message} The measurement is not kept. {problem.hint}")
         return None
 
 
-def _report(result: Comparison, *, store: bool, as_json: bool) -> int:
-    number = keep(result) if store else None
+def _report(result: Comparison, *, store: bool, as_json: bool, replayed: bool = False) -> int:
+    number = keep(result, once=replayed) if store else None
     if as_json:
         print(json.dumps(result.as_dict() | {"id": number}))
     else:
@@ -164,23 +198,23 @@ def _report(result: Comparison, *, store: bool, as_json: bool) -> int:
     return {"ok": 0, "oom": 3}.get(result.probe.outcome, 1)
 
 
-def _find(
-    plan: Plan, habits: Habits, *, margin: float, max_memory: str | None, as_json: bool
-) -> int:
+def _find(plan: Plan, habits: Habits, given: Mapping[str, Any], *, as_json: bool) -> int:
     from effprof.prober.find import Trial
     from effprof.prober.find import find as search
     from effprof.report.terminal import line
     from effprof.units import gib
 
-    available = free_memory(plan)
-    if max_memory is not None:
-        available = min(available, parse_bytes(max_memory, "--max-memory"))
+    if given["find"] != "max-batch":
+        raise UsageError(f"--find {given['find']!r} is not known.", "Type --find max-batch.")
+    most = parse_bytes(given["max_memory"], "--max-memory") if "max_memory" in given else None
+    available = free_memory(plan, most)
+    available = available if most is None else min(available, most)
 
     def told(trial: Trial) -> None:
-        need = "out of memory" if trial.need is None else gib(trial.need)
-        line(f"micro-batch {trial.micro_batch}: {need}, {'fits' if trial.fits else 'too much'}")
+        need = trial.outcome if trial.need is None else gib(trial.need)
+        line(f"micro-batch {trial.micro_batch}: {need}, {'fits' if trial.fits else 'does not fit'}")
 
-    found = search(plan, habits, available=available, margin=margin, on_trial=told)
+    found = search(plan, habits, available=available, margin=given["margin"], on_trial=told)
     if as_json:
         print(json.dumps(found.as_dict()))
     else:
@@ -190,24 +224,36 @@ def _find(
     return 0 if found.micro_batch else 3
 
 
-def free_memory(plan: Plan) -> int:
-    """Bytes free on the plan's device now."""
+def free_memory(plan: Plan, otherwise: int | None = None) -> int:
+    """Bytes free on the plan's device now, asked without touching it: a context would take some.
+
+    ``otherwise`` where the driver does not say. Raises EffprofError where there is neither.
+    """
     if plan.device == "cpu":
         from effprof.measure import host
 
         return host.available()
-    import torch
+    from effprof.measure import nvml
+    from effprof.measure.visible import visible
 
-    return int(torch.cuda.mem_get_info()[0])
+    with nvml.session() as session:
+        if isinstance(session, nvml.Session):
+            seen = visible(session.devices()).devices
+            free = session.read(seen[0].uuid).free if seen else None
+            if free is not None:
+                return free
+    if otherwise is not None:
+        return otherwise
+    raise EffprofError(
+        "The driver does not say how much memory is free.", "Give it: --max-memory 20GB."
+    )
 
 
 def _kept(
     *, listed: bool, show: int | None, export: str | None, out: Path | None, as_json: bool
 ) -> int:
     """The measurements kept so far."""
-    if bool(listed) + (show is not None) + bool(export) > 1:
-        raise UsageError("--list, --show and --export are three commands.", "Give one of them.")
-    if export and export not in _FORMATS:
+    if export is not None and export not in _FORMATS:
         from effprof.errors import unknown
 
         raise unknown("--export format", export, _FORMATS)
@@ -217,7 +263,9 @@ def _kept(
         print(json.dumps(store.one(show), indent=None if as_json else 2))
         return 0
     table = store.table()
-    if export:
+    if export is not None:
+        if as_json:
+            raise UsageError("--json has no effect with --export.", "Type --list --json.")
         return _export(table, export, out)
     if as_json:
         print(table.drop(columns="config").to_json(orient="records"))

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from effprof.cli.flags import refuse, with_plan_flags
-from effprof.cli.probe import checked, here, keep
+from effprof.cli.probe import _option, checked, here, keep
 from effprof.errors import UsageError
+from effprof.plan import flag
 
 if TYPE_CHECKING:
     from effprof.prober.compare import Comparison
@@ -37,15 +38,17 @@ def command(
     tolerance: Annotated[
         float, typer.Option(help="Relative error allowed of each measured total.")
     ] = 0.05,
-    seconds: Annotated[float, typer.Option(help="Seconds to time each plan for, at most.")] = 30.0,
-    time_limit: Annotated[float, typer.Option(help="Seconds before a probe is stopped.")] = 900.0,
-    interval: Annotated[float, typer.Option(help="Seconds between two readings of NVML.")] = 0.02,
+    seconds: Annotated[
+        float | None, _option("Seconds to time each plan for, at most. [30]")
+    ] = None,
+    time_limit: Annotated[float | None, _option("Seconds before a probe is stopped. [900]")] = None,
+    interval: Annotated[float | None, _option("Seconds between two readings. [0.02]")] = None,
     tape: Annotated[
         bool, typer.Option("--tape", help="Name the tensors behind the largest disagreement.")
     ] = False,
     store: Annotated[
-        bool, typer.Option("--store/--no-store", help="Keep the measurements of runs.")
-    ] = True,
+        bool | None, _option("Keep the measurements of runs. [yes]", "--store/--no-store")
+    ] = None,
     calibration: Annotated[
         bool, typer.Option("--calibration/--no-calibration", help="Use what probes measured.")
     ] = True,
@@ -54,14 +57,18 @@ def command(
     ] = False,
 ) -> int:
     """Probe each plan and compare bucket by bucket; exit 3 when one is out of tolerance."""
+    durations = {"seconds": seconds, "time_limit": time_limit, "interval": interval}
     if not 0 < tolerance < 10:
         raise UsageError(
             f"--tolerance cannot be {tolerance:g}.", "Type a relative error, such as 0.05."
         )
     if replay:
         refuse(flags, tuple(flags), "a replay: recordings hold their plans")
-        if plans is not None:
-            raise UsageError("--plans has no effect with --replay.", "Leave one of them out.")
+        running = {"plans": plans, "store": store, **durations}
+        for name in (name for name, value in running.items() if value is not None):
+            raise UsageError(
+                f"{flag(name)} has no effect with --replay.", f"Leave {flag(name)} out."
+            )
         from effprof.prober.compare import compare
         from effprof.prober.records import replay as read
         from effprof.prober.validate import Validation
@@ -72,7 +79,8 @@ def command(
     from effprof.prober.run import Habits
     from effprof.prober.validate import validate
 
-    habits = checked(Habits(seconds, time_limit, interval, labelled=tape))
+    asked: Any = {name: value for name, value in durations.items() if value is not None}
+    habits = checked(Habits(**asked, labelled=tape))
     wanted = _plans(flags, plans)
     number = iter(range(1, len(wanted) + 1))
 
@@ -80,7 +88,7 @@ def command(
         from effprof.report.terminal import line
         from effprof.units import duration
 
-        kept = keep(result) if store else None
+        kept = keep(result) if store is not False else None
         plan, more = result.plan, f", about {duration(left)} left" if left else ""
         where = f" (measurement {kept})" if kept else ""
         line(f"[{next(number)}/{len(wanted)}{more}] {plan.model} {plan.method}: "

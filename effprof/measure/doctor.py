@@ -104,8 +104,7 @@ def _host() -> dict[str, Any]:
     from effprof.measure import host
 
     return {
-        "processor": host.processor(),
-        "cores": host.cores(),
+        "processor": calibration.this_cpu(),
         "memory": host.total(),
         "available": host.available(),
         "energy_counter": host.energy() is not None,

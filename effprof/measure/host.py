@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 from pathlib import Path
 
 import psutil
@@ -51,21 +50,6 @@ def energy() -> float | None:
     if not found or None in found:
         return None
     return sum(one for one in found if one is not None) / 1e6
-
-
-def processor() -> str:
-    """The processor's name."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    """Cores that this process may run on."""
-    affinity = getattr(psutil.Process(), "cpu_affinity", None)
-    return len(affinity()) if affinity else psutil.cpu_count() or 1
 
 
 def _number(path: Path) -> int | None:

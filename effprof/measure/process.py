@@ -37,7 +37,7 @@ def own(before: Reading, after: Reading, pid: int) -> Own | None:
     NVML in a container lists host PIDs, in WSL and vGPUs no memory. None where nothing is known.
     """
     listed = {number for number, held in (after.processes or {}).items() if held is not None}
-    if pid in listed:
+    if pid in listed and pid not in (before.processes or {}):
         return Own(pid, BY_PID)
     appeared = listed - set(before.processes or {})
     if len(appeared) == 1 and before.processes is not None:

@@ -15,6 +15,7 @@ from effprof.tape import Tape
 _MARK = "effprof mark"
 _FREED = "free_completed"
 _KEPT = 4_000_000  # entries of CUDA's history; four updates at 7b make some hundred thousand
+_APART = 2e-5
 Names = Mapping[int, tuple[str, str]]  # data pointer -> (role, label)
 Event = tuple[int, int, str]  # data pointer, ± bytes, operation
 
@@ -30,6 +31,7 @@ class Recorder(ABC):
         self._marks: list[tuple[str, str]] = []
         self._names: list[tuple[int, Names]] = []
         self._outer = ("build", "build")
+        self.incomplete = ""  # why the record is not whole
 
     @abstractmethod
     def start(self) -> None: ...
@@ -137,11 +139,14 @@ class CudaRecorder(Recorder):
     def read(self, trace: list[dict[str, Any]]) -> None:
         """Take one device's trace, as a snapshot holds it."""
         self._trace = trace
+        if len(trace) >= _KEPT:
+            self.incomplete = f"the history holds {_KEPT:,} entries; its beginning is lost"
 
     def _here(self) -> None:
-        if torch.cuda.is_available():  # what was asked for before the sign is recorded before it
-            torch.cuda.synchronize(self._device)
+        # The record's times are whole µs of the same clock: nothing is allocated within some.
+        time.sleep(_APART)
         self._times.append(time.time_ns() / 1000)
+        time.sleep(_APART)
 
     def _events(self) -> Iterator[Event | None]:
         yield from merged(self._trace, self._times)

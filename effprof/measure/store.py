@@ -65,8 +65,10 @@ def _open(file: Path) -> Iterator[sqlite3.Connection]:
         ) from None
 
 
-def add(document: Mapping[str, Any]) -> int:
+def add(document: Mapping[str, Any], *, once: bool = False) -> int:
     """Keep a measurement (the document that ``probe --json`` prints); returns its number.
+
+    ``once``: a recording that is kept already is no second measurement.
 
     Constants of its card are renewed in the same transaction. Raises EffprofError.
     """
@@ -86,6 +88,10 @@ def add(document: Mapping[str, Any]) -> int:
     with _open(path()) as connection:
         connection.execute("begin immediate")
         try:
+            there = _same(connection, row) if once else None
+            if there is not None:
+                connection.execute("rollback")
+                return there
             number = connection.execute(
                 "insert into measurements (taken, device, card, driver, torch, effprof, model, "
                 "method, outcome, document) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -98,6 +104,16 @@ def add(document: Mapping[str, Any]) -> int:
             connection.execute("rollback")
             raise
     return int(number or 0)
+
+
+def _same(connection: sqlite3.Connection, row: tuple[Any, ...]) -> int | None:
+    """The number of a measurement of the same device and moment."""
+    taken, device = row[0], json.loads(row[-1])["device"].get("uuid")
+    rows = connection.execute("select id, document from measurements where taken = ?", (taken,))
+    for number, text in rows:
+        if json.loads(text)["device"].get("uuid") == device:
+            return int(number)
+    return None
 
 
 def count() -> int:
@@ -115,8 +131,12 @@ def cards() -> list[str]:
 
 def table() -> pd.DataFrame:
     """Every measurement, one row each: bytes, seconds, relative errors."""
-    with _open(path()) as connection:
-        rows = connection.execute("select id, document from measurements order by id").fetchall()
+    rows = []
+    if path().exists():  # to look is not to make one
+        with _open(path()) as connection:
+            rows = connection.execute(
+                "select id, document from measurements order by id"
+            ).fetchall()
     return pd.DataFrame([_flat(number, json.loads(text)) for number, text in rows], columns=COLUMNS)
 
 
@@ -165,14 +185,15 @@ def _flat(number: int, document: Mapping[str, Any]) -> dict[str, Any]:
 
 def one(number: int) -> dict[str, Any]:
     """One measurement's document. Raises UsageError for a number that is not there."""
-    with _open(path()) as connection:
-        row = connection.execute(
-            "select document from measurements where id = ?", (number,)
-        ).fetchone()
+    row = None
+    if 0 < number < 1 << 63 and path().exists():
+        with _open(path()) as connection:
+            found = connection.execute("select document from measurements where id = ?", (number,))
+            row = found.fetchone()
     if row is None:
         raise UsageError(f"There is no measurement {number}.", "effprof probe --list shows them.")
-    found: dict[str, Any] = json.loads(row[0])
-    return found
+    document: dict[str, Any] = json.loads(row[0])
+    return document
 
 
 def _constants(connection: sqlite3.Connection) -> dict[str, Calibration]:
@@ -198,12 +219,17 @@ def _calibration(card: str, group: list[tuple[str, str, str, dict[str, Any]]]) -
 
     measured = [row[3] for row in group]
     told = [one for one in measured if str(one.get("process_meter", "")).startswith("NVML")]
+    rates: dict[str, list[float]] = {}
+    for one in measured:
+        for name, value in one.get("rates", {}).items():
+            rates.setdefault(name, []).append(value)
     return Calibration(
         card,
         len(group),
         taken[:10],
         middle([one.get("memory", {}).get("context") for one in told]),
         middle([one.get("workspace") for one in measured]),
-        torch=torch or "",
-        driver=driver or "",
+        {name: float(statistics.median(values)) for name, values in rates.items()},
+        torch or "",
+        driver or "",
     )

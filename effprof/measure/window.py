@@ -55,21 +55,27 @@ class Window:
         source: Source,
         pid: int | None = None,
         interval: float = INTERVAL,
+        *,
+        peaks: bool = True,
     ) -> None:
         self._device, self._pid = device, pid
+        self._counted = (
+            peaks and device.type == "cuda"
+        )  # else the peaks are someone else's to reset
         self._sampler = Sampler(source, interval)
 
     def __enter__(self) -> Window:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        if self._counted:
             torch.cuda.reset_peak_memory_stats(self._device)
         self._sampler.__enter__()
         self._began = time.perf_counter()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        cuda = self._device.type == "cuda"
-        if cuda and exception[0] is None:
+        counted = self._counted
+        if self._device.type == "cuda" and exception[0] is None:
             torch.cuda.synchronize(self._device)
         seconds = time.perf_counter() - self._began
         self._sampler.__exit__(*exception)
@@ -78,8 +84,8 @@ class Window:
             self._sampler.samples,
             self._pid,
             late=self._sampler.late,
-            allocated=torch.cuda.max_memory_allocated(self._device) if cuda else None,
-            reserved=torch.cuda.max_memory_reserved(self._device) if cuda else None,
+            allocated=torch.cuda.max_memory_allocated(self._device) if counted else None,
+            reserved=torch.cuda.max_memory_reserved(self._device) if counted else None,
         )
 
 

@@ -153,8 +153,10 @@ def compare(
 def card_of(probe: Probe) -> Gpu | None:
     """The card a probe ran on: the catalog's, else by the numbers the driver gave."""
     device = probe.device
-    if probe.plan.device == "cpu" or not device.get("total"):
+    if not device.get("total"):
         return None
+    if probe.plan.device == "cpu":
+        return Gpu(device.get("card") or device["name"], device["name"], device["total"])
     if device.get("card") in gpus.catalog():
         return gpus.catalog()[device["card"]]
     return Gpu(device["name"], device["name"], device["total"], device.get("capability"))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from effprof.errors import EffprofError, UsageError
+from effprof.errors import EffprofError
 from effprof.estimator.estimate import estimate
 from effprof.gpus import Gpu
 from effprof.plan import Plan
@@ -46,7 +46,8 @@ class Trial:
 
 @dataclass(frozen=True)
 class Found:
-    """``micro_batch`` is the largest that ran its hundred updates below the limit, 0 if none did.
+    """``micro_batch`` is the largest that ran its hundred updates below the limit, 0 if none did;
+    ``brief`` is the largest that ran a few.
 
     ``closed``: the next larger one was tried and did not fit. ``limit`` is the bytes a process may
     have, the margin already taken off; ``probe`` is the answer's own.
@@ -54,6 +55,7 @@ class Found:
 
     plan: Plan
     micro_batch: int
+    brief: int
     closed: bool
     limit: int
     margin: float
@@ -66,6 +68,7 @@ class Found:
             "schema": SCHEMA,
             "plan": self.plan.as_dict(),
             "micro_batch": self.micro_batch,
+            "brief": self.brief,
             "largest": self.closed,
             "limit": self.limit,
             "margin": self.margin,
@@ -185,25 +188,30 @@ def find(
     ``available`` bytes may be used. Raises EffprofError where a trial ends otherwise than by
     running or by running out of memory.
     """
-    if not 0 <= margin < 0.9:
-        raise UsageError(f"--margin cannot be {margin:g}.", "Type a share, such as 0.05.")
     search, answer = _Search(plan, int(available * (1 - margin))), None
     while (todo := search.next()) is not None:
         rows, steps = todo
-        result = run(resized(plan, rows), dataclasses.replace(habits, steps=steps, recorded=False))
-        if result.outcome not in ("ok", "oom"):
+        result = run(
+            resized(plan, rows),
+            dataclasses.replace(habits, steps=steps, recorded=False, rates=False),
+        )
+        if result.outcome not in ("ok", "oom") and not (
+            search.good and result.outcome == "timeout"
+        ):
             raise EffprofError(
                 f"The trial of micro-batch {rows} ended early: {result.detail}.",
                 "Run it by itself (effprof probe with the same flags), or allow it more "
                 "--time-limit.",
             )
-        on_trial(search.learn(rows, steps, result))
-        if search.confirmed and rows == search.good:
+        trial = search.learn(rows, steps, result)
+        on_trial(trial)
+        if trial.fits and steps >= LASTING and (not answer or rows > answer.plan.micro_batch):
             answer = result
     rows = answer.plan.micro_batch if answer else 0
     return Found(
         resized(plan, rows) if rows else plan,
         rows,
+        search.good,
         rows + 1 == search.bad,
         search.limit,
         margin,

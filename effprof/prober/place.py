@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from effprof import gpus
+from effprof.calibration import this_cpu
 from effprof.measure import host, nvml, visible
 from effprof.measure.nvml import Driver, Reading, Session
 from effprof.measure.process import Own, own
@@ -44,12 +45,12 @@ class CpuPlace:
         """The processor and the memory a process can have."""
         return {
             "kind": "cpu",
-            "name": host.processor(),
-            "cores": host.cores(),
+            "name": this_cpu(),
             "threads": torch.get_num_threads(),
             "total": host.total(),
-            "available": host.available(),
-            "card": None,
+            # What the libraries take is in the process's own figure, too.
+            "available": host.available() + self._base,
+            "card": this_cpu(),
             "reasons": {},
         }
 
@@ -98,7 +99,8 @@ class CudaPlace:
         driver = self._session
         driver = driver.driver() if isinstance(driver, Session) else driver
         name = torch.cuda.get_device_name(self._device)
-        card = gpus.recognise(name, before.total)
+        total = before.total or int(torch.cuda.mem_get_info(self._device)[1])
+        card = gpus.recognise(name, total)
         major, minor = torch.cuda.get_device_capability(self._device)
         reasons = dict(before.reasons)
         if driver.problem:
@@ -113,7 +115,7 @@ class CudaPlace:
             "driver": driver.version,
             "cuda": torch.version.cuda,
             "power_limit": found.power_limit if found else None,
-            "total": before.total or int(torch.cuda.mem_get_info(self._device)[1]),
+            "total": total,
             "available": before.free or int(torch.cuda.mem_get_info(self._device)[0]),
             "used_before": before.used,
             "reasons": reasons,
@@ -151,13 +153,21 @@ class CudaPlace:
         return None if mine is None else mine.pid
 
     def workspace(self) -> int | None:
-        """Bytes one cuBLAS handle takes from the caching allocator, by taking them anew."""
+        """Bytes one cuBLAS handle asks of the caching allocator, by asking anew; None where the
+        environment sets them.
+        """
+        if "CUBLAS_WORKSPACE_CONFIG" in os.environ:
+            return None
         torch._C._cuda_clearCublasWorkspaces()
         one = torch.zeros(16, 16, dtype=torch.bfloat16, device=self._device)
         two = torch.empty_like(one)
-        before = torch.cuda.memory_allocated(self._device)
+        before = self._requested()
         torch.mm(one, one, out=two)
-        return int(torch.cuda.memory_allocated(self._device)) - before
+        return self._requested() - before
+
+    def _requested(self) -> int:
+        """Without the unsplit tails of blocks, which are the allocator's."""
+        return int(torch.cuda.memory_stats(self._device)["requested_bytes.all.current"])
 
 
 class _Nothing:

@@ -19,10 +19,12 @@ from effprof import tape as tapes
 from effprof.allocator import Settings
 from effprof.errors import EffprofError, UsageError
 from effprof.plan import Plan, from_dict
+from effprof.prober.sound import check
 from effprof.tape import Peak, Tape
 
 SCHEMA = "effprof.recording/1"
 STEADY_SPREAD = 0.02
+_DAMAGE = (*(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError),)
 LEAST_TIMED, ENOUGH_TIMED = 3, 10
 
 
@@ -71,7 +73,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     records = []
     for line in lines:
         try:
-            one = json.loads(line)
+            one = json.loads(line, parse_constant=_no_number, parse_float=_finite)
         except ValueError:
             break
         if not isinstance(one, dict):
@@ -84,6 +86,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if abs(value) < float("inf") else _no_number(text)
+
+
 def replay(path: Path) -> Probe:
     """The probe that a recording holds. Raises UsageError for another file or an unknown schema."""
     records = read(path)
@@ -94,14 +105,36 @@ def replay(path: Path) -> Probe:
             "Make one with effprof probe --record.",
         )
     try:
-        return probed(from_dict(start["plan"]), records)
-    except (KeyError, TypeError, ValueError, AttributeError) as problem:
-        if isinstance(problem, EffprofError):
-            raise
+        for one in records:
+            check(one)
+        found = probed(from_dict(start["plan"]), records)
+        if found.tape is not None:
+            _check(found.tape)
+    except EffprofError:
+        raise
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+    ) as no:
         raise UsageError(
-            f"{str(path)!r} is damaged: {type(problem).__name__}: {problem}.",
-            "Record it again.",
+            f"{str(path)!r} is damaged: {type(no).__name__}: {no}.", "Record it again."
         ) from None
+    return found
+
+
+def _check(tape: Tape) -> None:
+    """Raises ValueError for a tape that no run can have left."""
+    count, alive = len(tape.roles), set[int]()
+    if len(tape.labels) != count or not set(tape.roles) <= set(tapes.ROLES):
+        raise ValueError("its tape names no storages")
+    for storage, size in tape.events:
+        if not 0 <= storage < count or not size or (size > 0) == (storage in alive):
+            raise ValueError("its tape frees what is not there, or allocates it twice")
+        alive ^= {storage}
 
 
 def probed(plan: Plan, records: Iterable[Mapping[str, Any]]) -> Probe:
@@ -180,6 +213,12 @@ def _measured(
         measured["periodic_seconds"] = {
             str(one["number"]): one["seconds"] for one in found["periodic"]
         }
+    if "rates" in found:
+        last = found["rates"][-1]
+        dtype, names = last["dtype"], [name for name in last if name not in ("record", "dtype")]
+        measured["rates"] = {f"{name}_{dtype}": float(last[name]) for name in names}
+    if "no tape" in found:
+        measured["no_tape"] = found["no tape"][-1]["why"]
     windows = {one["name"]: dict(one) for one in found.get("window", [])}
     for one in windows.values():
         del one["record"], one["name"]
@@ -187,14 +226,15 @@ def _measured(
         measured["windows"] = windows
     if plan.device == "cpu" and "steady" in windows:
         # A recorder's own memory is not the plan's.
-        names = ("steady",) if "tape" in found else ("steady", "updates")
-        measured["rss_peak"] = max(windows[name]["used"] for name in names)
+        unrecorded = ("steady",) if "tape" in found else ("steady", "updates")
+        measured["rss_peak"] = max(windows[name]["used"] for name in unrecorded)
     return measured
 
 
 def _memory(found: Mapping[str, list[Mapping[str, Any]]], peak: Peak | None) -> dict[str, Any]:
     """Bytes at the peak. torch's own counter says how many, the tape which."""
     counters = found["counters"][-1] if "counters" in found else found["oom"][-1]
+    allocated = counters.get("allocated")
     phases = {
         (one["kind"], phase): size
         for one in found.get("update", [])
@@ -209,6 +249,8 @@ def _memory(found: Mapping[str, list[Mapping[str, Any]]], peak: Peak | None) -> 
         memory |= {"peak_phase": phase, "peak_update": update, "peak_allocated": size}
         if peak is not None:
             memory["recorded"] = peak.size
+    if allocated is not None:  # of the update that ran out of memory
+        memory["peak_allocated"] = max(allocated, memory.get("peak_allocated", 0))
     reserved, process = counters["reserved"], counters["process"]
     if reserved is not None:
         steady = [one for one in found.get("window", []) if one["name"] == "steady"]

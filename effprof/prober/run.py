@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from effprof.prober.records import Probe, probed, read
 
 SECONDS, TIME_LIMIT = 30.0, 900.0
 COMMAND = (sys.executable, "-m", "effprof.prober.child")
+_PATIENCE = 10.0  # seconds a killed child has to be gone
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 
 
@@ -30,7 +34,8 @@ class Habits:
 
     Steady updates are timed for at most ``seconds``, or exactly ``steps`` of them; the device is
     sampled every ``interval`` seconds; ``recorded`` keeps the allocator's record (without it only
-    totals are measured), ``labelled`` Python's frames beside it.
+    totals are measured), ``labelled`` Python's frames beside it, ``rates`` measures what each class
+    of kernel reaches.
     """
 
     seconds: float = SECONDS
@@ -39,6 +44,7 @@ class Habits:
     steps: int | None = None
     recorded: bool = True
     labelled: bool = False
+    rates: bool = True
 
 
 def probe(plan: Plan, habits: Habits | None = None, *, record: Path | None = None) -> Probe:
@@ -60,36 +66,58 @@ def probe(plan: Plan, habits: Habits | None = None, *, record: Path | None = Non
             raise kinds.get(end["code"], EffprofError)(end["detail"], end.get("hint", ""))
         if end is None:
             records.append(_end(code, habits, killed_for_memory=killed_for_memory))
-        if record is not None:
+    if record is not None:
+        try:
             write_whole(record, "".join(f"{json.dumps(one)}\n" for one in records))
+        except EffprofError as problem:  # what was measured is worth more than its copy
+            sys.stderr.write(f"Warning: {problem.message} {problem.hint}\n")
     return probed(plan, records)
 
 
 def _task(habits: Habits) -> dict[str, Any]:
-    names = ("seconds", "interval", "steps", "recorded", "labelled")
-    return {name: getattr(habits, name) for name in names}
+    names = ("seconds", "interval", "steps", "recorded", "labelled", "rates")
+    return {name: getattr(habits, name) for name in names} | {"parent": os.getpid()}
 
 
 def _run(task: str, time_limit: float) -> int | None:
     """The child's exit code, or None where it took too long."""
-    child = subprocess.Popen(
-        COMMAND,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        env={"KINETO_LOG_LEVEL": "99", **os.environ},  # the profiler's own chatter
-        text=True,
-    )
-    try:
-        child.communicate(task, timeout=time_limit)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-        return None
-    except BaseException:
-        child.kill()
-        child.wait()
-        raise
+    with _terminable():
+        child = subprocess.Popen(
+            COMMAND,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env={"KINETO_LOG_LEVEL": "99", **os.environ},  # the profiler's own chatter
+            text=True,
+            process_group=0,  # Ctrl-C is for this process, which ends the child
+        )
+        try:
+            child.communicate(task, timeout=time_limit)
+        except BaseException as problem:
+            child.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in a driver: left alone
+                child.wait(_PATIENCE)
+            if isinstance(problem, subprocess.TimeoutExpired):
+                return None
+            if not isinstance(problem, BrokenPipeError):  # it ended before it had read its task
+                raise
     return child.returncode
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the child and removes its files, as Ctrl-C does; exit code 143."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end(code: int | None, habits: Habits, *, killed_for_memory: bool) -> dict[str, Any]:

@@ -82,7 +82,8 @@ def plans_of(path: Path, device: Callable[[], str]) -> list[Plan]:
     plans = []
     for number, row in enumerate(rows, 1):
         values = row["plan"] if isinstance(row.get("plan"), dict) else row
-        values = {"device": device(), **values} if "device" not in values else values
+        if values.get("device") is None:
+            values = {**values, "device": device()}
         try:
             plans.append(from_dict(values))
         except UsageError as problem:

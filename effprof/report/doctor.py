@@ -37,7 +37,7 @@ def show_doctor(found: dict[str, Any]) -> None:
         energy = "with" if host["energy_counter"] else "no"
         line(
             "host",
-            f"{host['processor']} · {host['cores']} cores · {gib(host['available'], 1)} of "
+            f"{host['processor']} cores · {gib(host['available'], 1)} of "
             f"{gib(host['memory'], 1)} free · {energy} energy counter (RAPL)",
         )
     for name, value in found["settings"].items():

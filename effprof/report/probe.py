@@ -194,12 +194,18 @@ def show_found(found: Found) -> None:
     rows = table("micro-batch", "estimated", "measured", "updates", "")
     for one in found.trials:
         need = "" if one.need is None else gib(one.need)
-        verdict = "fits" if one.fits else ("out of memory" if one.outcome == "oom" else "too much")
+        verdict = (
+            "fits"
+            if one.fits
+            else ({"oom": "out of memory", "ok": "too much"}.get(one.outcome, one.outcome))
+        )
         rows.add_row(str(one.micro_batch), gib(one.estimated), need, str(one.steps), verdict)
     out.print(rows)
     room = f"{gib(found.limit)} ({100 * found.margin:g} % kept back)"
     if not found.micro_batch:
-        out.print(Text(f"No micro-batch fits in {room}.", style="bold red"))
+        brief = f"; {found.brief} ran a few" if found.brief else ""
+        line = f"No micro-batch ran 100 updates within {room}{brief}."
+        out.print(Text(line, style="bold red"))
         return
     largest = "the largest that fits" if found.closed else "fits; a larger one may too"
     line = f"Micro-batch {found.micro_batch} is {largest} in {room}; it ran 100 updates."

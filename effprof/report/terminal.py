@@ -36,9 +36,11 @@ def console(*, stderr: bool = False) -> Console:
 
     Without a terminal 100, unless COLUMNS says otherwise.
     """
-    plain = Console(stderr=stderr, highlight=False)
+    plain = Console(stderr=stderr)
     width = plain.width if plain.is_terminal or "COLUMNS" in os.environ else 100
-    return Console(stderr=stderr, highlight=False, width=min(width, 100))
+    # What users named may hold brackets and colons: they are text.
+    options: Any = {"highlight": False, "markup": False, "emoji": False}
+    return Console(stderr=stderr, width=min(width, 100), **options)
 
 
 def table(*columns: str, title: str | None = None) -> Table:

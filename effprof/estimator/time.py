@@ -1,0 +1,162 @@
+"""How long an update takes: each product on its roofline, the rest by its bytes, and launches.
+
+Every rate is a named constant with its source, replaced by what a probe measured on the card. What
+is not in it: communication, input pipelines, and what ``--compile`` fuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from effprof.estimator.flops import UpdateFlops
+from effprof.estimator.work import Work, work
+from effprof.gpus import Gpu
+from effprof.plan import Plan
+from effprof.step import Step
+from effprof.tape import Tape
+
+# What cuBLAS reaches of the dense peak in the products of a training step: large square products
+# reach 0.85 on an A100 and 0.79 on an H100 (public PyTorch matmul tables), a step's about nine
+# tenths of that.
+MATMUL = 0.75
+# Turing's small boards are held back by their power limit: a T4 (70 W) runs cuBLAS at 0.4.
+MATMUL_POWER = 0.4
+# FlashAttention-2's forward and backward, causal: its paper, figures 4 and 6 (A100), between 512
+# and 16k positions. On Hopper it reaches 0.35 forward (FlashAttention-3's abstract), less backward.
+ATTENTION = 0.45
+ATTENTION_HOPPER = 0.25
+# Of the memory's peak: what PyTorch's elementwise kernels stream.
+BANDWIDTH = 0.85
+# Of the fp32 peak: cuSOLVER's gesvdj/gesdd. APOLLO's table of A100 steps (GaLore at 1b .371 s with
+# a refresh every 200, at 7b 2.874 s) gives 0.7 to 0.9 of 19.5 TFLOP/s by 14 q p² + 8 p³.
+DECOMPOSITION = 0.04
+LAUNCH = 3e-6  # seconds between two kernels of a busy stream
+DISPATCH = 8e-6  # seconds of the host per kernel: Python, autograd and the dispatcher
+SPREAD = 0.25  # about eight of ten published runs lie within (benchmarks/throughput.py)
+SPREAD_MEASURED = 0.15
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What a device reaches, by class of kernel.
+
+    ``matmul``, ``attention`` and ``decomposition`` in FLOP/s, ``traffic`` and ``fresh`` (first
+    touch of new pages, CPU only) in bytes/s, ``launch`` in seconds per kernel on the device,
+    ``dispatch`` in seconds per kernel on the host, which a GPU does not wait for.
+    """
+
+    matmul: float
+    attention: float
+    traffic: float
+    decomposition: float
+    launch: float
+    dispatch: float
+    fresh: float | None = None
+    measured: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Time:
+    """Seconds of one optimizer update: by phase (refresh amortised), with the error to expect.
+
+    ``mfu`` is dense-equivalent FLOPs over ``peak``, the card's dense FLOP/s in the compute dtype.
+    """
+
+    gpu: str
+    phases: Mapping[str, float]
+    positions: int
+    spread: float
+    mfu: float | None
+    peak: float | None
+    run_updates: int | None
+    power: float | None
+    measured: bool
+
+    @property
+    def update(self) -> float:
+        """Seconds of one update, periodic work included in the mean."""
+        return sum(self.phases.values())
+
+    @property
+    def run(self) -> float | None:
+        """Seconds of the whole run, where the plan has a token budget."""
+        return None if self.run_updates is None else self.run_updates * self.update
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON object: seconds, tokens per second, joules (at the card's board power)."""
+        low, high = self.update * (1 - self.spread), self.update * (1 + self.spread)
+        return {
+            "gpu": self.gpu,
+            "update_seconds": self.update,
+            "low": low,
+            "high": high,
+            "phases": dict(self.phases),
+            "tokens_per_second": self.positions / self.update,
+            "mfu": self.mfu,
+            "mfu_peak": self.peak,
+            "run_seconds": self.run,
+            "run_joules": None if self.run is None or not self.power else self.run * self.power,
+            "measured_rates": self.measured,
+        }
+
+
+def time(step: Step, tape: Tape, card: Gpu, count: UpdateFlops) -> Time | None:
+    """The time of a plan's update on a card; None where its rates are not known."""
+    plan = step.plan
+    rates = rates_of(card, plan)
+    if rates is None or plan.compile:
+        return None
+    found = work(step, tape, card)
+    on_cpu = plan.device == "cpu"
+    phases = {name: seconds(one, rates, on_cpu=on_cpu) for name, one in found.items()}
+    update, peak = sum(phases.values()), None if on_cpu else card.peak(plan.compute_dtype)
+    positions = plan.global_batch * plan.seq_len
+    return Time(
+        card.name,
+        phases,
+        positions,
+        SPREAD_MEASURED if rates.measured else SPREAD,
+        count.dense_equivalent / update / peak if peak else None,
+        peak,
+        None if plan.tokens is None else -(-plan.tokens // positions),
+        None if on_cpu else card.power,
+        rates.measured,
+    )
+
+
+def rates_of(card: Gpu, plan: Plan) -> Rates | None:
+    """A card's rates: measured ones where there are, else constants times its peaks."""
+    own = card.calibration.rates(plan.compute_dtype) if card.calibration else None
+    if own is not None:
+        return Rates(**own, measured=True)
+    peak, bandwidth = card.peak(plan.compute_dtype), card.bandwidth
+    if plan.device == "cpu" or peak is None or bandwidth is None:
+        return None
+    hopper = card.capability is not None and card.capability >= 9
+    weak = card.power is not None and card.power <= 75
+    fp32 = card.fp32_flops or peak / 16
+    return Rates(
+        matmul=peak * (MATMUL_POWER if weak else MATMUL),
+        attention=peak * (ATTENTION_HOPPER if hopper else ATTENTION),
+        traffic=bandwidth * BANDWIDTH,
+        decomposition=fp32 * DECOMPOSITION,
+        launch=LAUNCH,
+        dispatch=DISPATCH,
+    )
+
+
+def seconds(one: Work, rates: Rates, *, on_cpu: bool) -> float:
+    """One phase. On a GPU kernels wait for the host or the host for them; a CPU does both."""
+    products = sum(max(flops / rates.matmul, size / rates.traffic) for flops, size in one.products)
+    device = (
+        products
+        + one.attention / rates.attention
+        + one.traffic / rates.traffic
+        + one.decomposition / rates.decomposition
+    )
+    if on_cpu:
+        fresh = one.fresh / rates.fresh if rates.fresh else 0.0
+        return device + fresh + one.kernels * (rates.launch + rates.dispatch)
+    return max(device + one.kernels * rates.launch, one.kernels * rates.dispatch)

@@ -1,0 +1,221 @@
+"""What an update asks of a device: products, attention, elementwise traffic, kernels, by phase.
+
+Read from what is there already: products from the Step's units, traffic and kernels from the
+synthesized tape, whose every allocation is a kernel's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from effprof.estimator.attention import plan_attention
+from effprof.estimator.backward import backward_flops
+from effprof.estimator.flops import attention_forward
+from effprof.gpus import Gpu
+from effprof.model import Matrix
+from effprof.registry import Tensor
+from effprof.step import Step, Unit
+from effprof.tape import Tape
+from effprof.trained import Trained
+
+# Bytes an elementwise kernel reads and writes per byte that it allocates, counted over the kernels
+# of a decoder layer as transformers writes it: RMSNorm 36 over 16 bytes an element, rotary 18 over
+# 8, SwiGLU 10 over 4 (forward), 2.2 to 2.6 in their backwards.
+TRAFFIC = 2.3
+# Bytes per FLOP of an update that is a chain of in-place kernels: each reads two numbers, writes
+# one and makes one or two operations.
+CHAIN = 2.0
+# A fused backward forms five products of the forward's two (FlashAttention-2, section 3.1.2).
+ATTENTION_BACKWARD = 2.5
+MAPPED = 32 * 2**20  # glibc's largest mmap threshold: beyond it every allocation is new pages
+_MATRICES = ("q", "k", "v", "o", "qkv", "gate", "up", "gate_up", "down")
+_PRODUCTS = frozenset(
+    (
+        *("linear", "linear backward d_self", "reduced", "dense", "d_reduced", *_MATRICES),
+        *(f"{name} backward {what}" for name in _MATRICES for what in ("d_input", "dense")),
+    )
+)
+
+
+@dataclass(slots=True)
+class Work:
+    """One phase of one update. ``products`` are (FLOPs, bytes); ``attention`` FLOPs of a fused
+    kernel; ``traffic`` bytes of elementwise kernels, ``fresh`` bytes of allocations beyond MAPPED;
+    ``decomposition`` FLOPs of SVDs and QRs by the method's formula.
+    """
+
+    products: list[tuple[float, float]] = field(default_factory=list)
+    attention: float = 0.0
+    traffic: float = 0.0
+    fresh: float = 0.0
+    kernels: float = 0.0
+    decomposition: float = 0.0
+
+    def flops(self) -> float:
+        """Of the matrix products."""
+        return sum(flops for flops, _ in self.products)
+
+
+def work(step: Step, tape: Tape, card: Gpu) -> dict[str, Work]:
+    """The work of one steady update by phase (forward, backward, update), and the periodic work of
+    one update in the mean (refresh). All micro-steps included.
+    """
+    found = {name: Work() for name in ("forward", "backward", "update", "refresh")}
+    _traffic(step, tape, found)
+    plan, tokens = step.plan, step.plan.positions
+    forward = [one for unit, times in step.units() for one in _forward(step, unit, tokens, times)]
+    backward = [one for unit, times in step.units() for one in _backward(step, unit, tokens, times)]
+    attention = float(attention_forward(step.architecture, tokens, plan.seq_len))
+    per_layer = attention_forward(step.architecture, tokens, plan.seq_len)
+    per_layer //= step.architecture.layers
+    exact = backward_flops(step, tokens, per_layer) - 2 * attention
+    total = sum(flops for flops, _ in backward)
+    share = exact / total if total else 0.0
+    backward = [(flops * share, size * share) for flops, size in backward]
+    again = 0.0
+    if plan.checkpointing == "full":
+        backward += [
+            one
+            for unit in step.layer
+            for one in _forward(step, unit, tokens, step.architecture.layers)
+        ]
+        again = 1.0
+    _attend(step, card, found, attention, again)
+    for name, products in (("forward", forward), ("backward", backward)):
+        found[name].products += products
+        _repeat(found[name], plan.grad_accum)
+    _update(step, found)
+    return found
+
+
+def _repeat(one: Work, times: int) -> None:
+    one.products = [(flops * times, size * times) for flops, size in one.products]
+    one.attention *= times
+
+
+def _forward(step: Step, unit: Unit, tokens: int, times: int) -> Iterator[tuple[float, float]]:
+    matrix = unit.matrix
+    if unit.layer_half:
+        for flops in unit.products.forward.values():
+            yield _product(step, unit, tokens, flops, times)
+    elif not matrix.flat and (matrix.kind != "embedding" or step.architecture.tied):
+        # A tied embedding is multiplied as the head.
+        yield _product(step, unit, tokens, 2 * tokens * matrix.multiplied, times)
+
+
+def _backward(step: Step, unit: Unit, tokens: int, times: int) -> Iterator[tuple[float, float]]:
+    if unit.layer_half:
+        for flops in unit.products.backward.values():
+            yield _product(step, unit, tokens, flops, times)
+        return
+    for product in _forward(step, unit, tokens, times):
+        yield product
+        yield product
+
+
+def _product(step: Step, unit: Unit, tokens: int, flops: float, times: int) -> tuple[float, float]:
+    """A product's FLOPs and bytes: of an activation with one of the unit's tensors where the FLOPs
+    say so, else of two of its tensors.
+    """
+    item = 4 if step.plan.compute_dtype == "fp32" else 2
+    shapes = [tensor.shape for tensor in unit.tensors if len(tensor.shape) == 2]
+    fitting = (one for one in shapes if flops % (2 * tokens * one[0] * one[1]) == 0)
+    b, c = next(fitting, unit.matrix.shape)
+    a: float = tokens
+    if flops % (2 * tokens * b * c):  # of two of its tensors
+        a = max(flops / (2 * b * c), 1)
+    size = item * flops / 2 * (1 / a + 1 / b + 1 / c)
+    return times * flops, times * size
+
+
+def _attend(step: Step, card: Gpu, found: dict[str, Work], attention: float, again: float) -> None:
+    """A fused kernel makes half of the square; the others form all of it as products."""
+    plan = step.plan
+    masked = plan.attention_mask == "full" or plan.rows == "packed-isolated"
+    fused = plan.attention == "sdpa"
+    if fused and plan.device == "cuda":
+        asked = plan_attention(plan, masked=masked)
+        fused = asked.kernel(card.capability, bf16=plan.compute_dtype == "bf16") != "math"
+    if fused:
+        half = attention if masked else attention / 2
+        found["forward"].attention = half
+        found["backward"].attention = half * (ATTENTION_BACKWARD + again)
+        return
+    item = 4 if plan.compute_dtype == "fp32" else 2
+    size = item * attention / 2 * (2 / plan.seq_len + 1 / step.architecture.head_dim)
+    found["forward"].products.append((attention, size))
+    found["backward"].products.append(((2 + again) * attention, (2 + again) * size))
+
+
+def _traffic(step: Step, tape: Tape, found: dict[str, Work]) -> None:
+    """Elementwise kernels of the steady update, from the tape; one micro-step of several is scaled
+    to all.
+    """
+    ends = [start for start, _, _ in tape.marks[1:]] + [len(tape.events)]
+    micro_steps = max(sum(1 for _, u, p in tape.marks if (u, p) == ("steady", "forward")), 1)
+    repeats = step.plan.grad_accum / micro_steps
+    for (start, update, phase), end in zip(tape.marks, ends, strict=True):
+        if update != "steady" or phase == "build":
+            continue
+        one = found[phase if phase in found else "update"]
+        scale = repeats if phase in ("forward", "backward") else 1.0
+        for storage, size in tape.events[start:end]:
+            if size <= 0:
+                continue
+            one.kernels += scale
+            if tape.roles[storage] == "gradients" or _operation(tape, storage) in _PRODUCTS:
+                continue
+            one.traffic += scale * TRAFFIC * size
+            if size >= MAPPED:
+                one.fresh += scale * size
+
+
+def _operation(tape: Tape, storage: int) -> str:
+    return tape.labels[storage].rpartition(".")[2]
+
+
+def _update(step: Step, found: dict[str, Work]) -> None:
+    """What the update reads and writes of weights, gradients and states, and its products."""
+    plan, turns = step.plan, len(step.turns) or 1
+    one, refresh = found["update"], found["refresh"]
+    layer = plan.halves.layer
+    layer_events = plan.halves.one_file or not hasattr(layer, "update")
+    for unit, times in step.units():
+        if layer_events:
+            refresh.decomposition += times * sum(unit.products.periodic.values())
+        for trained in unit.trained:
+            half, settings = plan.recipe.half(covered=trained.covered)
+            declared = half.flops(trained.matrix, plan.positions, settings)
+            often = times / (turns if trained.covered else 1)
+            item = step.itemsize("state") or 2
+            for flops in declared.update.values():
+                one.products.append((often * flops, often * _thin(flops, trained.matrix, item)))
+            held = 2 * _bytes(step, trained.state)
+            held += 2 * _bytes(step, trained.tensors)
+            held += sum(map(step.gradient_bytes, trained.tensors))
+            chain = CHAIN * item * sum(declared.elementwise.values())
+            fused = trained.hosted and plan.optimizer_impl == "fused"
+            one.traffic += often * (held if fused else max(held, chain))
+            one.kernels += often * (0.05 if fused else _passes(declared.elementwise, trained))
+            if half is not layer:
+                refresh.decomposition += times * sum(declared.periodic.values())
+
+
+def _bytes(step: Step, tensors: Iterable[Tensor]) -> int:
+    return sum(map(step.nbytes, tensors))
+
+
+def _thin(flops: float, matrix: Matrix, item: int) -> float:
+    """Bytes of a product of a matrix with something thin."""
+    rows, columns = matrix.rows, matrix.columns
+    rank = max(flops / (2 * rows * columns), 1)
+    return float(item * flops / 2 * (1 / rows + 1 / columns + 1 / rank))
+
+
+def _passes(elementwise: Mapping[str, int], kept: Trained) -> float:
+    """In-place kernels over one tensor: as many as the FLOPs of an element, less what goes
+    together.
+    """
+    numel = max(sum(tensor.numel for tensor in kept.tensors), 1)
+    return max(sum(elementwise.values()) / numel / 1.5, 2.0)
