@@ -37,7 +37,10 @@ class Calibration:
 
     def rates(self, dtype: str) -> dict[str, float] | None:
         """Rates by class of kernel in a compute dtype, or None where they were not measured."""
-        names = ("matmul", "attention", "traffic", "decomposition", "launch", "dispatch", "fresh")
+        names = (
+            *("matmul", "attention", "traffic", "decomposition", "launch", "dispatch", "pace"),
+            "fresh",
+        )
         found = {name: self.efficiency.get(f"{name}_{dtype}") for name in names}
         known = {name: value for name, value in found.items() if value is not None}
         return known if known.keys() >= set(names[:-1]) else None

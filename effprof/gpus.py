@@ -7,13 +7,16 @@ import functools
 import re
 import tomllib
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from effprof import calibration
 from effprof.calibration import Calibration
 from effprof.errors import UsageError, unknown
 from effprof.model import PRESETS
 from effprof.units import MIB, parse_bytes, parse_count
+
+if TYPE_CHECKING:
+    from effprof.plan import Plan
 
 # Memory of a process outside the allocator after its first kernels: measured on an RTX A6000 (torch
 # 2.14.1+cu130) and a
@@ -207,5 +210,14 @@ def recognise(name: str, total: int | None = None) -> Gpu | None:
 _KINDS = {"laptop", "max", "sff", "ti", "super", "mobile", "d", "v2"}
 _SIZE = re.compile(r"[0-9]+gb")
 _SAME_SIZE = 0.08  # what ECC and the driver keep back differs by a few per cent
+
+
+def of(plan: Plan) -> Gpu:
+    """The device a plan is estimated for: its card, an Ampere-class one, or this machine's CPU."""
+    if plan.device == "cpu":
+        name = calibration.this_cpu()
+        return Gpu(name, name, 0)
+    return gpu(plan.gpu) if plan.gpu else DEFAULT
+
 
 DEFAULT = Gpu("", "an Ampere-class card", 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from effprof import gpus
 from effprof.calibration import Calibration
@@ -13,6 +13,9 @@ from effprof.estimator.memory import Memory, memory
 from effprof.gpus import Gpu
 from effprof.plan import Plan
 from effprof.step import Step, work_out
+
+if TYPE_CHECKING:
+    from effprof.estimator.time import Time
 
 SCHEMA = "effprof.estimate/1"
 
@@ -50,6 +53,8 @@ class Estimate:
     fits: tuple[Fit, ...]
     not_modelled: tuple[str, ...]
     calibration: Calibration | None = None
+    time: Time | None = None
+    price: float | None = None  # of an hour of the card
 
     @property
     def total(self) -> int:
@@ -76,7 +81,7 @@ class Estimate:
                 "update": count.update,
                 "periodic": round(count.periodic),
             },
-            "time": None,
+            "time": None if self.time is None else self.time.as_dict(self.price),
             "quality": None,
             "fits": [fit.as_dict() for fit in self.fits],
             "not_modelled": list(self.not_modelled),
@@ -86,11 +91,17 @@ class Estimate:
         }
 
 
-def estimate(plan: Plan, *, card: Gpu | None = None, calibrated: bool = True) -> Estimate:
+def estimate(
+    plan: Plan,
+    *,
+    card: Gpu | None = None,
+    calibrated: bool = True,
+    price: float | None = None,
+) -> Estimate:
     """Memory, FLOPs and fit of a plan, in milliseconds and without torch. Raises UsageError.
 
     ``card`` stands for the plan's GPU, where a probe knows the one that is there. ``calibrated``
-    uses what probes measured of the card.
+    uses what probes measured of the card; ``price`` is what an hour of it costs.
     """
     if plan.architecture.foreign:
         raise UsageError(
@@ -98,21 +109,32 @@ def estimate(plan: Plan, *, card: Gpu | None = None, calibrated: bool = True) ->
             "Type effprof trace with the same flags.",
         )
     if card is None:
-        card = gpus.gpu(plan.gpu) if plan.gpu else gpus.DEFAULT
+        card = gpus.of(plan)
     if calibrated:
         card = card.calibrated()
     step = work_out(plan)
-    found = memory(step, card)
+    found, count = memory(step, card), flops(step)
     return Estimate(
         plan,
         step,
         found,
-        flops(step),
+        count,
         _paper(step),
         fits(plan, found, card, calibrated=calibrated),
         not_modelled(plan),
         card.calibration,
+        _time(step, found, card, count),
+        price,
     )
+
+
+def _time(step: Step, found: Memory, card: Gpu, count: UpdateFlops) -> Time | None:
+    """Imported where there is something to tell: most estimates name no card."""
+    if card.bandwidth is None and (card.calibration is None or not card.calibration.efficiency):
+        return None
+    from effprof.estimator.time import time
+
+    return time(step, found.tape, card, count)
 
 
 def fits(plan: Plan, found: Memory, card: Gpu, *, calibrated: bool = True) -> tuple[Fit, ...]:

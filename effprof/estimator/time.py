@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from effprof.estimator.flops import UpdateFlops
+from effprof.estimator.memory import no_collector, synthesize
 from effprof.estimator.work import Work, work
-from effprof.gpus import Gpu
+from effprof.gpus import DEFAULT, Gpu
 from effprof.plan import Plan
-from effprof.step import Step
+from effprof.step import Step, work_out
 from effprof.tape import Tape
 
 # What cuBLAS reaches of the dense peak in the products of a training step: large square products
@@ -29,9 +30,10 @@ ATTENTION = 0.45
 ATTENTION_HOPPER = 0.25
 # Of the memory's peak: what PyTorch's elementwise kernels stream.
 BANDWIDTH = 0.85
-# Of the fp32 peak: cuSOLVER's gesvdj/gesdd. APOLLO's table of A100 steps (GaLore at 1b .371 s with
-# a refresh every 200, at 7b 2.874 s) gives 0.7 to 0.9 of 19.5 TFLOP/s by 14 q p² + 8 p³.
-DECOMPOSITION = 0.04
+# FLOP/s of cuSOLVER's SVD by 14 q p² + 8 p³: APOLLO's table of A100 steps (GaLore at 1b .371 s with
+# a refresh every 200, at 7b 2.874 s, AdamW .036 and .173) gives 0.7e12 and 0.9e12. Its panels are
+# bound by latency, so other cards are taken to be as fast.
+DECOMPOSITION = 0.8e12
 LAUNCH = 3e-6  # seconds between two kernels of a busy stream
 DISPATCH = 8e-6  # seconds of the host per kernel: Python, autograd and the dispatcher
 SPREAD = 0.25  # about eight of ten published runs lie within (benchmarks/throughput.py)
@@ -44,7 +46,8 @@ class Rates:
 
     ``matmul``, ``attention`` and ``decomposition`` in FLOP/s, ``traffic`` and ``fresh`` (first
     touch of new pages, CPU only) in bytes/s, ``launch`` in seconds per kernel on the device,
-    ``dispatch`` in seconds per kernel on the host, which a GPU does not wait for.
+    ``dispatch`` in seconds per kernel on the host, which a GPU does not wait for. ``pace`` is a
+    whole step's seconds over those of its kernels measured alone: caches, clocks, other tenants.
     """
 
     matmul: float
@@ -54,6 +57,7 @@ class Rates:
     launch: float
     dispatch: float
     fresh: float | None = None
+    pace: float = 1.0
     measured: bool = False
 
 
@@ -80,16 +84,24 @@ class Time:
         return sum(self.phases.values())
 
     @property
+    def steady(self) -> float:
+        """Seconds of an update without periodic work."""
+        return self.update - self.phases["refresh"]
+
+    @property
     def run(self) -> float | None:
         """Seconds of the whole run, where the plan has a token budget."""
         return None if self.run_updates is None else self.run_updates * self.update
 
-    def as_dict(self) -> dict[str, Any]:
-        """The JSON object: seconds, tokens per second, joules (at the card's board power)."""
+    def as_dict(self, price: float | None = None) -> dict[str, Any]:
+        """The JSON object: seconds, tokens per second, joules (at the card's board power), and what
+        the run costs at a price per hour.
+        """
         low, high = self.update * (1 - self.spread), self.update * (1 + self.spread)
         return {
             "gpu": self.gpu,
             "update_seconds": self.update,
+            "steady_seconds": self.steady,
             "low": low,
             "high": high,
             "phases": dict(self.phases),
@@ -98,6 +110,7 @@ class Time:
             "mfu_peak": self.peak,
             "run_seconds": self.run,
             "run_joules": None if self.run is None or not self.power else self.run * self.power,
+            "run_cost": None if self.run is None or not price else self.run / 3600 * price,
             "measured_rates": self.measured,
         }
 
@@ -126,6 +139,15 @@ def time(step: Step, tape: Tape, card: Gpu, count: UpdateFlops) -> Time | None:
     )
 
 
+def kernels_alone(plan: Plan, rates: Rates) -> float:
+    """Seconds of a plan's steady update at these rates: the sum of its kernels."""
+    step = work_out(plan)
+    with no_collector():
+        found = work(step, synthesize(step), DEFAULT)
+    on_cpu = plan.device == "cpu"
+    return sum(seconds(one, rates, on_cpu=on_cpu) for k, one in found.items() if k != "refresh")
+
+
 def rates_of(card: Gpu, plan: Plan) -> Rates | None:
     """A card's rates: measured ones where there are, else constants times its peaks."""
     own = card.calibration.rates(plan.compute_dtype) if card.calibration else None
@@ -136,12 +158,11 @@ def rates_of(card: Gpu, plan: Plan) -> Rates | None:
         return None
     hopper = card.capability is not None and card.capability >= 9
     weak = card.power is not None and card.power <= 75
-    fp32 = card.fp32_flops or peak / 16
     return Rates(
         matmul=peak * (MATMUL_POWER if weak else MATMUL),
         attention=peak * (ATTENTION_HOPPER if hopper else ATTENTION),
         traffic=bandwidth * BANDWIDTH,
-        decomposition=fp32 * DECOMPOSITION,
+        decomposition=DECOMPOSITION,
         launch=LAUNCH,
         dispatch=DISPATCH,
     )
@@ -156,7 +177,8 @@ def seconds(one: Work, rates: Rates, *, on_cpu: bool) -> float:
         + one.traffic / rates.traffic
         + one.decomposition / rates.decomposition
     )
+    host = one.kernels * rates.dispatch
     if on_cpu:
         fresh = one.fresh / rates.fresh if rates.fresh else 0.0
-        return device + fresh + one.kernels * (rates.launch + rates.dispatch)
-    return max(device + one.kernels * rates.launch, one.kernels * rates.dispatch)
+        return rates.pace * (device + fresh + host)
+    return rates.pace * max(device + one.kernels * rates.launch, host)

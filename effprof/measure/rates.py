@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention, silu
 
+from effprof.estimator.work import TRAFFIC
 from effprof.plan import Plan
 from effprof.trainer.layer import DTYPES
 
@@ -29,7 +30,7 @@ def measured(plan: Plan, device: torch.device) -> dict[str, float]:
     found = {
         "matmul": _matmul(plan, dtype, clock),
         "attention": _attention(plan, dtype, clock),
-        "traffic": _traffic(dtype, clock),
+        "traffic": _traffic(plan, dtype, clock),
         "decomposition": _decomposition(clock),
     }
     host, busy = _per_kernel(clock)
@@ -100,12 +101,30 @@ def _attention(plan: Plan, dtype: torch.dtype, clock: _Clock) -> float:
     return flops / clock.seconds(both)
 
 
-def _traffic(dtype: torch.dtype, clock: _Clock) -> float:
-    """A product of two tensors beyond every cache's reach but within glibc's kept memory."""
-    count = 16 * _MIB // dtype.itemsize
-    one = torch.ones(count, dtype=dtype, device=clock.device)
-    two = torch.ones_like(one)
-    return 3.0 * count * dtype.itemsize / clock.seconds(lambda: one * two)
+def _traffic(plan: Plan, dtype: torch.dtype, clock: _Clock) -> float:
+    """The elementwise kernels of a decoder layer, forward and backward: RMSNorm, the gated
+    activation, a residual; bytes as ``estimator/work.py`` counts them, by what they allocate.
+    """
+    shape, tokens = plan.architecture, min(plan.positions, 4096)
+    hidden = torch.randn(tokens, shape.hidden, device=clock.device).to(dtype).requires_grad_()
+    gate, up = (
+        torch.randn(tokens, shape.intermediate, device=clock.device).to(dtype).requires_grad_()
+        for _ in range(2)
+    )
+    weight = torch.ones(shape.hidden, dtype=dtype, device=clock.device, requires_grad=True)
+    grads = torch.randn_like(hidden), torch.randn_like(gate)
+
+    def layer() -> None:
+        wide = hidden.float()
+        normed = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(dtype)
+        gated = silu(gate) * up
+        torch.autograd.grad((normed + hidden, gated), (hidden, gate, up, weight), grads)
+
+    item = dtype.itemsize
+    # Allocated per number of the hidden state: 3 fp32 and 3 of dtype forward, 6 and 3 backward;
+    # per number of the activation: 2 forward, 3 backward.
+    allocated = tokens * shape.hidden * (9 * 4 + 6 * item) + tokens * shape.intermediate * 5 * item
+    return TRAFFIC * allocated / clock.seconds(layer)
 
 
 def _fresh(clock: _Clock) -> float:

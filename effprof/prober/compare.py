@@ -134,7 +134,7 @@ def compare(
     at_peak = _buckets((*ROLES, *TOTALS), document["memory"], measured.get("memory", {}))
     timed, time = measured.get("step_seconds"), document["time"]
     if timed and time:
-        at_peak += (Bucket("update", time["update_seconds"], timed["median"], "s"),)
+        at_peak += (Bucket("update", time["steady_seconds"], timed["median"], "s"),)
     tensors: list[Unmatched] = []
     if named and probe.peak is not None:
         tensors = readers.unmatched(expected.memory.peak, probe.peak)[:_NAMED]

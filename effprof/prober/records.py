@@ -217,8 +217,9 @@ def _measured(
         last = found["rates"][-1]
         dtype, names = last["dtype"], [name for name in last if name not in ("record", "dtype")]
         measured["rates"] = {f"{name}_{dtype}": float(last[name]) for name in names}
-    if "no tape" in found:
-        measured["no_tape"] = found["no tape"][-1]["why"]
+    for kind in ("no tape", "no rates"):
+        if kind in found:
+            measured[kind.replace(" ", "_")] = found[kind][-1]["why"]
     windows = {one["name"]: dict(one) for one in found.get("window", [])}
     for one in windows.values():
         del one["record"], one["name"]

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import os
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from effprof.estimator.time import Rates, kernels_alone
 from effprof.measure import rates
 from effprof.measure.recorder import Recorder, pointers
 from effprof.measure.sampler import INTERVAL
@@ -59,9 +61,9 @@ class Runner:
                     model, optimizer = self._updates(where)
                 self.emit("window", name="updates", **window.measurement.as_dict())
                 self._counters(where)
-                self._time(where, model, optimizer)
+                steady = self._time(where, model, optimizer)
                 del model, optimizer
-                self._rates()
+                self._rates(steady)
             except Exception as error:
                 with contextlib.suppress(Exception):  # what it adds must not hide what happened
                     self._after(error, where)
@@ -150,8 +152,11 @@ class Runner:
             workspace=where.workspace(),
         )
 
-    def _time(self, where: Place, model: nn.Module, optimizer: MethodOptimizer) -> None:
-        """Steady updates until their spread is small enough, or the time or their number is up."""
+    def _time(self, where: Place, model: nn.Module, optimizer: MethodOptimizer) -> float:
+        """Steady updates until their spread is small enough, or the time or their number is up.
+
+        Returns their median in seconds.
+        """
         seconds, steps = float(self.task["seconds"]), self.task.get("steps")
         _say(f"timing {steps or f'up to {seconds:.0f} s of'} steady updates")
         times: list[float] = []
@@ -173,14 +178,22 @@ class Runner:
             one_update(model, optimizer, self.plan, self.device)
             where.synchronise()
             self.emit("periodic", number=due, seconds=time.perf_counter() - start)
+        return statistics.median(times)
 
-    def _rates(self) -> None:
-        """What each class of kernel reaches here, for later estimates of time."""
-        if self.task.get("rates", True):
-            _say("measuring rates")
-            self.emit(
-                "rates", dtype=self.plan.compute_dtype, **rates.measured(self.plan, self.device)
-            )
+    def _rates(self, steady: float) -> None:
+        """What each class of kernel reaches here, for later estimates of time; and how this plan's
+        steady update of so many seconds compares with them.
+        """
+        if not self.task.get("rates", True):
+            return
+        _say("measuring rates")
+        try:
+            found: dict[str, Any] = rates.measured(self.plan, self.device)
+            pace = steady / kernels_alone(self.plan, Rates(**found))
+        except Exception as problem:  # noqa: BLE001 - the probe itself is whole without them
+            self.emit("no rates", why=f"{type(problem).__name__}: {problem}")
+            return
+        self.emit("rates", dtype=self.plan.compute_dtype, pace=pace, **found)
 
     def _after(self, error: Exception, where: Place) -> None:
         """What the device and its allocator held when it happened; whether the GPU is lost."""

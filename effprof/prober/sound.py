@@ -24,7 +24,7 @@ _DEVICE = {
     "capability": "number?",
     "reasons": "texts",
 }
-_RATES = ("matmul", "attention", "traffic", "decomposition", "launch", "dispatch", "fresh")
+_RATES = ("matmul", "attention", "traffic", "decomposition", "launch", "dispatch", "pace", "fresh")
 _KINDS: dict[str, dict[str, str]] = {
     "start": {"taken": "text", "versions": "texts", "device": "device", "plan": "map"},
     "reached": {"update": "text", "phase": "text"},
@@ -47,6 +47,7 @@ _KINDS: dict[str, dict[str, str]] = {
     "window": _WINDOW,
     "lost": {"reasons": "texts"},
     "no tape": {"why": "text"},
+    "no rates": {"why": "text"},
     "end": {"outcome": "text", "detail": "text", "hint": "text", "code": "count"},
 }
 

@@ -126,7 +126,9 @@ def _show_sources(out: Console, result: Comparison, stored: int | None) -> None:
     meter = probe.measured.get("process_meter")
     if meter and result.plan.device == "cuda":
         out.print(f"Process memory: {meter}", style="dim")
-    for name, why in probe.device.get("reasons", {}).items():
+    missing = {"tape": probe.measured.get("no_tape"), "rates": probe.measured.get("no_rates")}
+    found = {name: why for name, why in missing.items() if why}
+    for name, why in {**probe.device.get("reasons", {}), **found}.items():
         out.print(f"No {name}: {why}", style="dim")
     if result.estimate.calibration is not None:
         out.print(f"The estimate is {result.estimate.calibration}", style="dim")

@@ -63,6 +63,7 @@ def show_estimate(result: Estimate) -> None:
             style="dim",
         )
     _show_flops(out, result)
+    _show_time(out, result)
     show_verdict(out, plan, result.fits)
     if result.calibration is not None:
         out.print(f"The card's constants are {result.calibration}.", style="dim")
@@ -154,6 +155,29 @@ def _show_flops(out: Console, result: Estimate) -> None:
         out.print(
             f"Run of {quantity(plan.tokens)} tokens: {updates:,} updates, {quantity(total, 'FLOP')}"
         )
+
+
+def _show_time(out: Console, result: Estimate) -> None:
+    """Seconds of an update, tokens per second, the whole run; with the error to expect."""
+    time, plan = result.time, result.plan
+    if time is None:
+        return
+    line = f"Update: {duration(time.update)} ± {100 * time.spread:.0f} %, "
+    line += f"{quantity(time.positions / time.update)} tokens/s"
+    if time.mfu is not None and time.peak is not None:
+        line += (
+            f", MFU {100 * time.mfu:.0f} % of {quantity(time.peak, 'FLOP/s')} {plan.compute_dtype}"
+        )
+    if time.phases["refresh"] > 0.005 * time.update:
+        line += f" ({duration(time.phases['refresh'])} of it periodic work)"
+    out.print(line)
+    if time.run is not None:
+        line = f"The run: {duration(time.run)}"
+        if time.power:
+            line += f", up to {time.run * time.power / 3.6e6:,.0f} kWh at {time.power:.0f} W"
+        if result.price:
+            line += f", {result.price * time.run / 3600:,.2f} at {result.price:g} per hour"
+        out.print(line)
 
 
 def show_verdict(out: Console, plan: Plan, fits: Sequence[Fit]) -> None:
