@@ -16,6 +16,7 @@ from effprof import registry
 from effprof.estimator.advice import advise
 from effprof.estimator.estimate import Estimate, Fit
 from effprof.estimator.memory import Memory
+from effprof.estimator.quality import unknown
 from effprof.model import Architecture
 from effprof.plan import Plan
 from effprof.tape import ROLES
@@ -61,6 +62,7 @@ def show_estimate(result: Estimate) -> None:
             style="dim",
         )
     _show_flops(out, result)
+    _show_quality(out, result)
     show_verdict(out, plan, result.fits)
     if result.calibration is not None:
         out.print(f"The card's constants are {result.calibration}.", style="dim")
@@ -152,6 +154,13 @@ def _show_flops(out: Console, result: Estimate) -> None:
         out.print(
             f"Run of {quantity(plan.tokens)} tokens: {updates:,} updates, {quantity(total, 'FLOP')}"
         )
+
+
+def _show_quality(out: Console, result: Estimate) -> None:
+    if result.quality is not None:
+        out.print(f"{result.quality}.")
+    elif result.plan.tokens:
+        out.print(f"Perplexity: unknown ({unknown(result.plan)}).")
 
 
 def show_verdict(out: Console, plan: Plan, fits: Sequence[Fit]) -> None:
