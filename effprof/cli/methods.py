@@ -72,7 +72,7 @@ def _row(method: registry.Method) -> dict[str, Any]:
         **dataclasses.asdict(method.facts),
         "update": method.update_name,
         "kind": "layer" if method.layer else "update",
-        "published": [dataclasses.asdict(one) for one in published.of(method.name)],
+        "published": [one._asdict() for one in published.of(method.name)],
         "settings": {
             key: None if field.default is dataclasses.MISSING else field.default
             for key, field in fields.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from effprof import gpus
@@ -10,6 +11,7 @@ from effprof.calibration import Calibration
 from effprof.errors import UsageError
 from effprof.estimator.flops import UpdateFlops, flops
 from effprof.estimator.memory import Memory, memory
+from effprof.estimator.quality import Quality, quality
 from effprof.gpus import Gpu
 from effprof.plan import Plan
 from effprof.step import Step, work_out
@@ -62,6 +64,11 @@ class Estimate:
         process = self.memory.process_total
         return self.memory.peak.size if process is None else process
 
+    @cached_property
+    def quality(self) -> Quality | None:
+        """The perplexity that is published or expected of the run; None where nothing is known."""
+        return quality(self.plan)
+
     def as_dict(self) -> dict[str, Any]:
         """The JSON document of DESIGN section 4: sizes in bytes, FLOPs per optimizer update."""
         step, count = self.step, self.flops
@@ -82,7 +89,7 @@ class Estimate:
                 "periodic": round(count.periodic),
             },
             "time": None if self.time is None else self.time.as_dict(self.price),
-            "quality": None,
+            "quality": None if self.quality is None else self.quality.as_dict(),
             "fits": [fit.as_dict() for fit in self.fits],
             "not_modelled": list(self.not_modelled),
             "calibration": None

@@ -16,6 +16,7 @@ from effprof import registry
 from effprof.estimator.advice import advise
 from effprof.estimator.estimate import Estimate, Fit
 from effprof.estimator.memory import Memory
+from effprof.estimator.quality import unknown
 from effprof.model import Architecture
 from effprof.plan import Plan
 from effprof.tape import ROLES
@@ -64,6 +65,7 @@ def show_estimate(result: Estimate) -> None:
         )
     _show_flops(out, result)
     _show_time(out, result)
+    _show_quality(out, result)
     show_verdict(out, plan, result.fits)
     if result.calibration is not None:
         out.print(f"The card's constants are {result.calibration}.", style="dim")
@@ -178,6 +180,13 @@ def _show_time(out: Console, result: Estimate) -> None:
         if result.price:
             line += f", {result.price * time.run / 3600:,.2f} at {result.price:g} per hour"
         out.print(line)
+
+
+def _show_quality(out: Console, result: Estimate) -> None:
+    if result.quality is not None:
+        out.print(f"{result.quality}.")
+    elif result.plan.tokens:
+        out.print(f"Perplexity: unknown ({unknown(result.plan)}).")
 
 
 def show_verdict(out: Console, plan: Plan, fits: Sequence[Fit]) -> None:
