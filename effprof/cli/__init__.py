@@ -15,6 +15,7 @@ from effprof.errors import EffprofError, UsageError, unknown
 
 COMMANDS = (
     "estimate",
+    "compare",
     "trace",
     "probe",
     "validate",

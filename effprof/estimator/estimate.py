@@ -57,6 +57,7 @@ class Estimate:
     calibration: Calibration | None = None
     time: Time | None = None
     price: float | None = None  # of an hour of the card
+    lineage: str = ""  # of the published runs that quality may speak of; empty: any
 
     @property
     def total(self) -> int:
@@ -67,7 +68,7 @@ class Estimate:
     @cached_property
     def quality(self) -> Quality | None:
         """The perplexity that is published or expected of the run; None where nothing is known."""
-        return quality(self.plan)
+        return quality(self.plan, self.lineage)
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON document of DESIGN section 4: sizes in bytes, FLOPs per optimizer update."""

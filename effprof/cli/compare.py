@@ -1,0 +1,113 @@
+"""effprof compare: methods and ranks side by side."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from effprof.cli.flags import plan_values, refuse, with_plan_flags
+from effprof.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from effprof.recommender.compare import Table
+
+NAME = "compare"
+EPILOG = """\b
+Examples:
+  effprof compare --model 1b --gpu rtx-4090
+  effprof compare --model 350m --methods full,galore,fira --ranks 128:512 --png pareto.png"""
+
+
+@with_plan_flags
+def command(
+    flags: Mapping[str, Any],
+    methods: Annotated[str, typer.Option(help="all, or names separated by commas.")] = "all",
+    ranks: Annotated[
+        str | None,
+        typer.Option(help="64:1024 (doubling) or 64,128. [each method's]", show_default=False),
+    ] = None,
+    sort: Annotated[str, typer.Option(help="memory, time, perplexity or method.")] = "memory",
+    lineage: Annotated[
+        str | None,
+        typer.Option(help="Whose perplexities. [that know most]", show_default=False),
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Draw memory against perplexity.", show_default=False)
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="The same as a page to hover over.", show_default=False)
+    ] = None,
+    calibration: Annotated[
+        bool, typer.Option("--calibration/--no-calibration", help="Use what probes measured.")
+    ] = True,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated rows.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document and nothing else.")
+    ] = False,
+) -> int:
+    """Memory, time and published or expected perplexity of every method, one line each."""
+    from effprof.recommender import compare as comparing
+
+    refuse(flags, ("method", "rank"), "compare: it has --methods and --ranks")
+    if as_csv and as_json:
+        raise UsageError("--csv and --json are two outputs.", "Give one of them.")
+    if sort not in comparing.ORDERS:
+        raise unknown("--sort value", sort, comparing.ORDERS)
+    names = comparing.methods_of(methods)
+    wanted = [] if ranks is None else comparing.ranks_of(ranks)
+    found = comparing.compare(
+        plan_values(flags),
+        names,
+        wanted,
+        order=sort,
+        lineage=lineage or "",
+        calibrated=calibration,
+        on_row=_progress(),
+    )
+    if png or html:
+        from effprof.report.scatter import draw_scatter, write_scatter
+
+        if png:
+            draw_scatter(png, found)
+        if html:
+            write_scatter(html, found)
+    _print(found, as_csv=as_csv, as_json=as_json)
+    return 0
+
+
+def _print(found: Table, *, as_csv: bool, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found.as_dict()))
+    elif as_csv:
+        rows = [row.as_dict() for row in found.rows]
+        writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        from effprof.report.compare import show_comparison
+
+        show_comparison(found)
+
+
+def _progress() -> Any:
+    """Says how long it will take, once that is more than two seconds."""
+    began, last = time.monotonic(), [0.0]
+
+    def told(done: int, total: int) -> None:
+        passed = time.monotonic() - began
+        if done and passed > 1 and passed - last[0] > 1 and passed / done * total > 2:
+            last[0] = passed
+            left = passed / done * (total - done)
+            if sys.stderr.isatty():
+                sys.stderr.write(f"\r{done} of {total} plans, about {left:.0f} s left   ")
+            if sys.stderr.isatty() and done + 1 == total:
+                sys.stderr.write("\r" + " " * 60 + "\r")
+
+    return told

@@ -1,0 +1,1 @@
+"""Plans side by side: search space, ranking, the choice."""

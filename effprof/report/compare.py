@@ -1,0 +1,89 @@
+"""Methods side by side, for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.text import Text
+
+from effprof.published import lineages
+from effprof.recommender.compare import Row, Table
+from effprof.report.terminal import console, table
+from effprof.units import GIB, duration, quantity
+
+_LEFT_OUT = 6
+
+
+def show_comparison(found: Table) -> None:
+    """One line per plan: GiB by role at the peak, what the process needs, time, perplexity."""
+    out, plan = console(), found.rows[0].plan
+    title = f"{plan.model} · {plan.micro_batch} × {plan.seq_len} positions · {plan.dtype}"
+    if plan.gpu:
+        title += f" · {found.rows[0].estimate.fits[0].gpu.title}"
+    out.print(Text(title, style="bold"))
+    timed = any(row.estimate.time for row in found.rows)
+    names = ["method", "rank", "weights", "optim", "other", "total"]
+    names += ["spare"] if plan.gpu else []
+    names += ["update", "tokens/s"] if timed else []
+    rows = table(*names, "perplexity", "vs full")
+    full = next((row for row in found.rows if not _has_layers(row)), None)
+    for row in found.rows:
+        rows.add_row(*_cells(row, full, timed=timed))
+    out.print(rows)
+    out.print(
+        "Sizes in GiB at each plan's own peak; other is gradients, activations, workspace; total "
+        "the process.",
+        style="dim",
+    )
+    if found.lineage:
+        out.print(
+            f"Perplexities are of one group of papers, {lineages()[found.lineage].title}; ~ is "
+            f"interpolated. * is on the Pareto front of total against perplexity.",
+            style="dim",
+        )
+    for label, why in list(found.left_out.items())[:_LEFT_OUT]:
+        out.print(f"Left out {label}: {why}", style="dim")
+    if len(found.left_out) > _LEFT_OUT:
+        out.print(f"and {len(found.left_out) - _LEFT_OUT} more (--json names them)", style="dim")
+    model = f"--model {plan.model} --method {found.rows[0].plan.method}"
+    out.print(f"Next: effprof estimate {model} shows one of them in full.")
+
+
+def _has_layers(row: Row) -> bool:
+    """Whether a method is anything but the default one: what the last column compares with."""
+    from effprof import registry
+
+    return row.plan.method != registry.default()
+
+
+def _cells(row: Row, full: Row | None, *, timed: bool) -> list[str]:
+    values: dict[str, Any] = row.as_dict()
+
+    def size(*names: str) -> str:
+        return f"{sum(values[name] for name in names) / GIB:.2f}"
+
+    cells = [f"{values['method']}{' *' if row.best else ''}", str(values["rank"] or "")]
+    cells += [size("weights"), size("optimizer")]
+    cells += [size("gradients", "activations", "workspace", "buffers"), size("total")]
+    if row.plan.gpu:
+        headroom = values["headroom"]
+        cells.append("" if headroom is None else f"{headroom / GIB:+.2f}")
+    if timed:
+        update, rate = values["update_seconds"], values["tokens_per_second"]
+        cells.append("" if update is None else duration(update))
+        cells.append("" if rate is None else quantity(rate))
+    cells.append(_perplexity(values))
+    if full is None or full is row:
+        cells.append("")
+    else:
+        share = row.estimate.total / full.estimate.total - 1
+        cells.append(f"{100 * share:+.0f} %")
+    return cells
+
+
+def _perplexity(values: dict[str, Any]) -> str:
+    if values["perplexity"] is None:
+        return "unknown"
+    if values["kind"] == "interpolated":
+        return f"~{values['low']:.1f}–{values['high']:.1f}"
+    return f"{values['perplexity']:.2f}"
