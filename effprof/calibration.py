@@ -82,10 +82,12 @@ def of(card: str) -> Calibration | None:
 def _checked(found: Calibration) -> Calibration:
     """Raises ValueError for constants that are none."""
     sizes = [one for one in (found.context, found.workspace) if one is not None]
-    rates = list(found.efficiency.values())
+    rates = [one for name, one in found.efficiency.items() if not name.startswith("launch")]
     if not all(isinstance(one, int) and 0 <= one < 1 << 50 for one in sizes):
         raise ValueError
-    if not all(isinstance(one, float) and one >= 0 for one in rates):
+    if not all(isinstance(one, float) and 1e-9 < one < 1e30 for one in rates):
+        raise ValueError
+    if not (isinstance(found.probes, int) and isinstance(found.date, str)):
         raise ValueError
     return found
 

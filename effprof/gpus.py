@@ -13,7 +13,7 @@ from effprof import calibration
 from effprof.calibration import Calibration
 from effprof.errors import UsageError, unknown
 from effprof.model import PRESETS
-from effprof.units import MIB, parse_bytes, parse_count
+from effprof.units import MIB, parse_bytes
 
 if TYPE_CHECKING:
     from effprof.plan import Plan
@@ -85,8 +85,16 @@ class Gpu:
         A card without bf16 tensor cores runs bf16 products at most at its fp32 rate.
         """
         if dtype == "bf16":
-            return self.bf16_flops or self.fp32_flops
-        return (self.fp16_flops or self.fp32_flops) if dtype == "fp16" else self.fp32_flops
+            return self.fp32_flops if self.lacks_bf16 else self.bf16_flops
+        if dtype == "fp16":
+            old = self.capability is not None and self.capability < 7
+            return self.fp32_flops if old else self.fp16_flops
+        return self.fp32_flops
+
+    @property
+    def lacks_bf16(self) -> bool:
+        """Whether it is known to have no bf16 tensor cores: before Ampere."""
+        return self.capability is not None and self.capability < 8
 
 
 @functools.cache
@@ -149,10 +157,16 @@ def gpu(text: str) -> Gpu:
     if name in _tables():
         return _card(name)
     if "=" not in text:
+        known = recognise(text)
+        if known is not None and not _SIZE.search(known.name):
+            return known
+        near = [one for one in _tables() if one.startswith(f"{name}-")]
+        if near:
+            raise UsageError(f"Unknown GPU {text!r}.", f"Did you mean {' or '.join(near[:4])}?")
         hint = "Or give its numbers: --gpu mem=24GB,bw=1TB/s,bf16=165T."
         raise unknown("GPU", text, _tables(), hint)
     given = {
-        key.strip(): value.strip()
+        key.strip().lower(): value.strip()
         for part in text.split(",")
         for key, _, value in [part.partition("=")]
     }
@@ -165,7 +179,10 @@ def gpu(text: str) -> Gpu:
     rates = {key: _rate(key, given[key]) if key in given else None for key in _GIVEN[2:]}
     bandwidth = None
     if "bw" in given:
-        bandwidth = float(parse_bytes(given["bw"].removesuffix("/s"), "--gpu bw"))
+        rate = re.sub(r"/s$", "", given["bw"], flags=re.IGNORECASE)
+        if re.search(r"[kKmMgGtT]b$", rate):
+            raise UsageError(f"--gpu bw={given['bw']} is bits.", "Type bytes, such as bw=1TB/s.")
+        bandwidth = float(parse_bytes(rate, "--gpu bw"))
     return Gpu(
         text,
         text,
@@ -178,10 +195,18 @@ def gpu(text: str) -> Gpu:
 
 
 def _rate(key: str, text: str) -> float:
-    """FLOP/s such as ``165T``; a bare number is refused: nobody means 165 FLOP/s."""
-    if text[-1:].isdigit():
-        raise UsageError(f"--gpu {key}={text} has no unit.", f"Type for example {key}=165T.")
-    return float(parse_count(text.removesuffix("FLOPS").removesuffix("FLOP/s"), f"--gpu {key}"))
+    """FLOP/s such as ``165T`` or ``1.3PFLOPS``; a bare number is refused: nobody means 165 FLOP/s.
+
+    Raises UsageError.
+    """
+    match = re.fullmatch(r"([0-9.]+)\s*([gtp])(?:flop/?s?(?:/s)?)?", text.lower())
+    try:
+        value = float(match[1]) * {"g": 1e9, "t": 1e12, "p": 1e15}[match[2]] if match else 0.0
+    except ValueError:
+        value = 0.0
+    if not 1e9 <= value < 1e18:
+        raise UsageError(f"--gpu {key}={text} is no rate.", f"Type for example {key}=165T.")
+    return value
 
 
 def recognise(name: str, total: int | None = None) -> Gpu | None:

@@ -41,7 +41,7 @@ def parse_bytes(text: str, name: str) -> int:
     scale = _BINARY.get(unit) or (
         _DECIMAL.get(unit[:-1]) if unit.endswith("b") and unit != "b" else None
     )
-    if match is None or scale is None or not 0 < float(match[1]) < 1e12:
+    if match is None or scale is None or not 1 <= float(match[1]) * scale < 1e18:
         raise UsageError(
             f"{name} {text!r} is not a size.", f"Type for example {name}=24GB or 22.5GiB."
         )

@@ -113,12 +113,12 @@ def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:
     down, up = thin * matrix.columns, thin * matrix.rows
     factor = up if _right(matrix.rows, matrix.columns) else down
     merge = 2 * matrix.numel * settings.rank
-    refresh = product - factor + 2 * merge
-    refresh += _projection.leading_flops(matrix, settings.rank, settings.svd)
+    dense = product - factor + 2 * merge
+    basis = _projection.leading_flops(matrix, settings.rank, settings.svd)
     return Flops(
         forward={"product": product, "right": down, "left": up},
         backward={"product": product, "right": down, "left": up, "factor": factor},
-        periodic={"refresh": refresh / settings.refresh},
+        periodic={"product": dense / settings.refresh, "svd": basis / settings.refresh},
     )
 
 

@@ -172,7 +172,17 @@ def test_given_by_numbers() -> None:
     assert (card.memory, card.bandwidth, card.bf16_flops) == (24 * 10**9, 1e12, 165e12)
     assert gpus.gpu("mem=24GiB").bandwidth is None
     assert gpus.gpu("RTX 4090").name == gpus.gpu("rtx_4090").name == "rtx-4090"
-    for text in ("mem=24GB,bf16=165", "bw=1TB/s", "mem=24GB,cores=9", "mem=24GB,mem=12GB", "mem="):
+    assert gpus.gpu("MEM=24GB,BW=1000GB/S,bf16=0.165pflops") == gpus.gpu(
+        "MEM=24GB,BW=1000GB/S,bf16=0.165pflops"
+    )
+    assert gpus.gpu("mem=24GB,bf16=165TFLOP/s").bf16_flops == 165e12
+    assert gpus.gpu("NVIDIA GeForce RTX 4090").name == "rtx-4090"
+    with pytest.raises(UsageError) as caught:
+        gpus.gpu("a100")
+    assert "a100-80gb" in caught.value.hint
+    bad = ("mem=24GB,bf16=165", "bw=1TB/s", "mem=24GB,cores=9", "mem=24GB,mem=12GB", "mem=")
+    bad += ("mem=24GB,bw=1Tb/s", "mem=24GB,bw=0.0001kB/s", "mem=0.0001kB", "mem=24GB,bf16=1e400T")
+    for text in bad:
         with pytest.raises(UsageError):
             gpus.gpu(text)
 

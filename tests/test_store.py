@@ -124,10 +124,21 @@ def test_constants_are_medians_under_the_newest_driver_and_torch() -> None:
     assert again.context == 310
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": "x"}', '{"schema": 1, "cards": 2}'])
+ROW = '{"schema": "effprof.calibration/1", "cards": {"t4": {"probes": 1, "date": "x", %s}}}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", '{"schema": "x"}', '{"schema": 1, "cards": 2}', "\udcff"),
+        *(ROW % one for one in ('"context": "x"', '"context": -1', '"efficiency": 3')),
+        ROW % '"efficiency": {"matmul_bf16": 0.0}',
+        ROW % '"efficiency": {"matmul_bf16": 1e999}',
+    ],
+)
 def test_a_damaged_calibration_is_none(text: str) -> None:
     calibration.path().parent.mkdir(parents=True)
-    calibration.path().write_text(text, encoding="utf-8")
+    calibration.path().write_text(text, encoding="utf-8", errors="surrogateescape")
     assert calibration.of("t4") is None
     store.add(gpu(300))
     assert calibration.of("t4") is not None

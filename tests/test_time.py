@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from conftest import CONFIGS
 from helpers import run_cli
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,6 +51,59 @@ def test_products_are_the_flops_counted(method: str, attention: str) -> None:
     if attention == "sdpa":  # in a kernel of its own
         products += 3 * attention_forward(step.architecture, plan.positions, plan.seq_len)
     assert products == pytest.approx(flops(step).executed, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_products_of_every_architecture(
+    kind: str, checkpointing: str, configs: dict[str, str]
+) -> None:
+    attention = "eager" if kind == "gemma2" else "sdpa"
+    plan = Plan(
+        model=configs[kind],
+        micro_batch=2,
+        seq_len=64,
+        checkpointing=checkpointing,
+        attention=attention,
+    )
+    step = work_out(plan)
+    found = work(step, synthesize(step), gpus.gpu(CARD))
+    products = found["forward"].flops() + found["backward"].flops()
+    if attention == "sdpa":
+        times = 4 if checkpointing == "full" else 3
+        products += times * attention_forward(step.architecture, plan.positions, plan.seq_len)
+    assert products == pytest.approx(flops(step).executed, rel=1e-9)
+    time = estimate(
+        Plan(model=configs[kind], seq_len=64, attention=attention, gpu=CARD), calibrated=False
+    ).time
+    assert time is not None
+
+
+def test_gradients_are_added_once_for_each_later_micro_step() -> None:
+    def traffic(accumulation: int) -> float:
+        step = work_out(Plan(model="60m", grad_accum=accumulation))
+        return work(step, synthesize(step), gpus.gpu(CARD))["backward"].traffic
+
+    assert traffic(8) - traffic(4) == pytest.approx(4 / 2 * (traffic(4) - traffic(2)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (("--gpu", "mem=24GB,bw=1TB/s"), "no bf16 peak"),
+        (("--gpu", "mem=24GB,bf16=165T"), "no bandwidth"),
+        (("--gpu", "rtx-4090", "--compile"), "--compile"),
+        (("--gpu", "gb10"), "no bf16 peak"),
+    ],
+)
+def test_an_unknown_time_says_why(flags: tuple[str, ...], why: str) -> None:
+    assert why in run_cli("estimate", "--model", "60m", *flags)[1]
+
+
+def test_a_card_without_bf16_units_is_said() -> None:
+    out = run_cli("estimate", "--model", "60m", "--gpu", "t4")[1]
+    assert "fp32" in out
+    assert "no bf16 units" in out
 
 
 @pytest.mark.parametrize("method", registry.names())

@@ -40,7 +40,8 @@ def command(
     result = estimate(plan, calibrated=calibration, price=price_per_hour)
     if price_per_hour is not None and result.time is None:
         raise UsageError(
-            "--price-per-hour has no effect: the time of this plan is not known.",
+            f"--price-per-hour has no effect: the time is not known"
+            f"{' (' + result.time_unknown + ')' if result.time_unknown else ''}.",
             "Name a card (--gpu rtx-4090), or probe the CPU first.",
         )
     if as_json:

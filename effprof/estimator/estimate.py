@@ -57,6 +57,7 @@ class Estimate:
     calibration: Calibration | None = None
     time: Time | None = None
     price: float | None = None  # of an hour of the card
+    card: Gpu | None = None
     lineage: str = ""  # of the published runs that quality may speak of; empty: any
 
     @property
@@ -64,6 +65,15 @@ class Estimate:
         """The bytes that have to fit: the process on a GPU, the allocator's peak on a CPU."""
         process = self.memory.process_total
         return self.memory.peak.size if process is None else process
+
+    @property
+    def time_unknown(self) -> str:
+        """Why there is no time though a card was named; empty where there is one."""
+        if self.time is not None or self.card is None or not _asked(self.plan, self.card):
+            return ""
+        from effprof.estimator.time import unknown
+
+        return unknown(self.card, self.plan)
 
     @cached_property
     def quality(self) -> Quality | None:
@@ -129,20 +139,30 @@ def estimate(
         count,
         _paper(step),
         fits(plan, found, card, calibrated=calibrated),
-        not_modelled(plan),
+        not_modelled(plan) + _other_vendor(card),
         card.calibration,
         _time(step, found, card, count),
         price,
+        card,
     )
+
+
+def _other_vendor(card: Gpu) -> tuple[str, ...]:
+    known = card.vendor != "AMD"
+    return () if known else ("ROCm's own context, workspaces and kernels: CUDA's are counted",)
 
 
 def _time(step: Step, found: Memory, card: Gpu, count: UpdateFlops) -> Time | None:
     """Imported where there is something to tell: most estimates name no card."""
-    if card.bandwidth is None and (card.calibration is None or not card.calibration.efficiency):
+    if not _asked(step.plan, card):
         return None
     from effprof.estimator.time import time
 
     return time(step, found.tape, card, count)
+
+
+def _asked(plan: Plan, card: Gpu) -> bool:
+    return bool(card.bandwidth or card.calibration or plan.gpu)
 
 
 def fits(plan: Plan, found: Memory, card: Gpu, *, calibrated: bool = True) -> tuple[Fit, ...]:

@@ -15,6 +15,7 @@ from effprof.recipe import Size, preset_of, resolve
 # What the published C4 runs share, as their repositories configure them: LLaMA shapes, the T5
 # tokenizer's vocabulary as models round it, pure bf16 (weights, gradients and states).
 MODEL_TYPE, VOCABULARY, DTYPE = "llama", (32000, 32100), "bf16"
+TEXT = 0.763  # of the positions of padded C4 rows of 256 (SPAM's and Stable-SPAM's logs)
 SAME = 0.01  # tokens are printed with two or three digits
 
 
@@ -81,3 +82,12 @@ def of_tokens(rows: list[Published], tokens: int | None) -> list[Published]:
         return [one for one in finished if one.tokens == finished[0].tokens]
     billions = tokens / 1e9
     return [one for one in rows if abs(billions / float(one.tokens) - 1) <= SAME]
+
+
+def counts(one: Published) -> tuple[float, ...]:
+    """A run's tokens as printed, and, where those are text alone, its positions with padding.
+
+    Plans match what is printed: that is what people type, and what the fit is in.
+    """
+    printed = float(one.tokens) * 1e9
+    return (printed, printed / TEXT) if one.counted == "text" else (printed,)

@@ -47,7 +47,7 @@ def flops(step: Step) -> UpdateFlops:
     backward = backward_flops(step, tokens, attention // shape.layers)
     recomputed = 0
     if plan.checkpointing == "full":
-        recomputed = layers_forward - _never_recomputed(step, tokens)
+        recomputed = layers_forward - never_recomputed(step, tokens)
     update, periodic = _optimizer(step)
     return UpdateFlops(
         forward_per_token=forward / tokens,
@@ -81,7 +81,7 @@ def _forward_products(unit: Unit, tokens: int) -> int:
     return 2 * tokens * matrix.multiplied
 
 
-def _never_recomputed(step: Step, tokens: int) -> int:
+def never_recomputed(step: Step, tokens: int) -> int:
     """Each layer's last dense product: recomputing ends before it, nothing after is saved."""
     if step.architecture.norms_per_layer == 4 or step.architecture.experts:
         return 0  # a norm, or the routers' weights, save after it

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from effprof.estimator.scaling import Series
 
 BILLION = 10**9
-TEXT = 0.763  # of the positions of padded C4 rows of 256 (SPAM's and Stable-SPAM's logs)
 # Beyond the published sizes: the ends that leave-one-out predicts are 2.3 to 5 times off.
 SIZE_FACTOR = 2.3
 TOKENS_FACTOR = 2  # more or fewer tokens than published: the slope was measured over 1.5
@@ -112,7 +111,12 @@ def _published(plan: Plan, exact: Mapping[str, list[Published]]) -> Quality:
     key, rows = next(iter(exact.items()))
     first, numbers = rows[0], [one.perplexity or math.nan for one in rows]
     others = [
-        {"perplexity": one.perplexity, "lineage": one.lineage, "source": _source(one)}
+        {
+            "perplexity": one.perplexity,
+            "tokens": round(float(one.tokens) * BILLION),
+            "lineage": one.lineage,
+            "source": _source(one),
+        }
         for name, found in exact.items()
         for one in found[:1]
         if name != key
@@ -146,7 +150,7 @@ def _remarks(plan: Plan, one: Published) -> Iterator[str]:
     if not one.seq_len:
         yield "sequence length not stated"
     if one.counted == "text":
-        positions = quantity(round(float(one.tokens) / TEXT * BILLION))
+        positions = quantity(round(evidence.counts(one)[-1]))
         yield f"its tokens are text without padding, {positions} positions with it"
     elif one.counted == "positions":
         yield "its tokens are positions, padding included"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from effprof.estimator.attention import plan_attention
 from effprof.estimator.backward import backward_flops
-from effprof.estimator.flops import attention_forward
+from effprof.estimator.flops import attention_forward, never_recomputed
 from effprof.gpus import Gpu
 from effprof.model import Matrix
 from effprof.registry import Tensor
@@ -28,7 +28,9 @@ TRAFFIC = 2.3
 CHAIN = 2.0
 # A fused backward forms five products of the forward's two (FlashAttention-2, section 3.1.2).
 ATTENTION_BACKWARD = 2.5
+BACKWARD_TRAFFIC = 1.7  # of the forward's, in a full-rank step of the synthesized tape
 MAPPED = 32 * 2**20  # glibc's largest mmap threshold: beyond it every allocation is new pages
+_DECOMPOSED = ("svd", "refactorize", "exact", "refresh")  # periodic parts that are SVDs and QRs
 _MATRICES = ("q", "k", "v", "o", "qkv", "gate", "up", "gate_up", "down")
 _PRODUCTS = frozenset(
     (
@@ -73,13 +75,12 @@ def work(step: Step, tape: Tape, card: Gpu) -> dict[str, Work]:
     total = sum(flops for flops, _ in backward)
     share = exact / total if total else 0.0
     backward = [(flops * share, size * share) for flops, size in backward]
+    if step.turns:  # the tape's turn is one of many; this is their mean
+        found["backward"].traffic = BACKWARD_TRAFFIC * share * found["forward"].traffic
+        found["backward"].kernels = BACKWARD_TRAFFIC * share * found["forward"].kernels
     again = 0.0
     if plan.checkpointing == "full":
-        backward += [
-            one
-            for unit in step.layer
-            for one in _forward(step, unit, tokens, step.architecture.layers)
-        ]
+        backward += _recomputed(step, tokens)
         again = 1.0
     _attend(step, card, found, attention, again)
     for name, products in (("forward", forward), ("backward", backward)):
@@ -114,11 +115,23 @@ def _backward(step: Step, unit: Unit, tokens: int, times: int) -> Iterator[tuple
         yield product
 
 
+def _recomputed(step: Step, tokens: int) -> Iterator[tuple[float, float]]:
+    """A checkpointed layer's forward once more, up to where nothing after is saved."""
+    spared = bool(never_recomputed(step, tokens))
+    for unit in step.layer:
+        if not (spared and unit.matrix.kind == "down"):
+            yield from _forward(step, unit, tokens, step.architecture.layers)
+
+
 def _product(step: Step, unit: Unit, tokens: int, flops: float, times: int) -> tuple[float, float]:
     """A product's FLOPs and bytes: of an activation with one of the unit's tensors where the FLOPs
     say so, else of two of its tensors.
     """
     item = 4 if step.plan.compute_dtype == "fp32" else 2
+    if len(unit.matrix.shape) == 3:  # experts: each multiplies its share of the rows
+        experts, rows, columns = unit.matrix.shape
+        moved = flops / (2 * rows * columns) * (rows + columns) + experts * rows * columns
+        return times * flops, times * item * moved
     shapes = [tensor.shape for tensor in unit.tensors if len(tensor.shape) == 2]
     fitting = (one for one in shapes if flops % (2 * tokens * one[0] * one[1]) == 0)
     b, c = next(fitting, unit.matrix.shape)
@@ -149,17 +162,19 @@ def _attend(step: Step, card: Gpu, found: dict[str, Work], attention: float, aga
 
 
 def _traffic(step: Step, tape: Tape, found: dict[str, Work]) -> None:
-    """Elementwise kernels of the steady update, from the tape; one micro-step of several is scaled
-    to all.
+    """Elementwise kernels of the steady update, from the tape; its second micro-step stands for all
+    that accumulate.
     """
     ends = [start for start, _, _ in tape.marks[1:]] + [len(tape.events)]
-    micro_steps = max(sum(1 for _, u, p in tape.marks if (u, p) == ("steady", "forward")), 1)
-    repeats = step.plan.grad_accum / micro_steps
+    micro_steps = 0
     for (start, update, phase), end in zip(tape.marks, ends, strict=True):
         if update != "steady" or phase == "build":
             continue
+        micro_steps += phase == "forward"
         one = found[phase if phase in found else "update"]
-        scale = repeats if phase in ("forward", "backward") else 1.0
+        # The tape has the first micro-step and one of those that accumulate.
+        later = micro_steps > 1 and phase in ("forward", "backward")
+        scale = step.plan.grad_accum - 1.0 if later else 1.0
         for storage, size in tape.events[start:end]:
             if size <= 0:
                 continue
@@ -183,7 +198,7 @@ def _update(step: Step, found: dict[str, Work]) -> None:
     layer_events = plan.halves.one_file or not hasattr(layer, "update")
     for unit, times in step.units():
         if layer_events:
-            refresh.decomposition += times * sum(unit.products.periodic.values())
+            _seldom(refresh, unit.products.periodic, times)
         for trained in unit.trained:
             half, settings = plan.recipe.half(covered=trained.covered)
             declared = half.flops(trained.matrix, plan.positions, settings)
@@ -199,7 +214,16 @@ def _update(step: Step, found: dict[str, Work]) -> None:
             one.traffic += often * (held if fused else max(held, chain))
             one.kernels += often * (0.05 if fused else _passes(declared.elementwise, trained))
             if half is not layer:
-                refresh.decomposition += times * sum(declared.periodic.values())
+                _seldom(refresh, declared.periodic, times)
+
+
+def _seldom(refresh: Work, parts: Mapping[str, float], times: int) -> None:
+    """Periodic work by its name: decompositions, else products."""
+    for name, flops in parts.items():
+        if name in _DECOMPOSED:
+            refresh.decomposition += times * flops
+        else:
+            refresh.products.append((times * flops, 0.0))
 
 
 def _bytes(step: Step, tensors: Iterable[Tensor]) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from effprof import gpus
 from effprof.calibration import this_cpu
+from effprof.gpus import Gpu
 from effprof.measure import host, nvml, visible
 from effprof.measure.nvml import Driver, Reading, Session
 from effprof.measure.process import Own, own
@@ -32,6 +33,7 @@ class Place(Protocol):
     def process(self) -> tuple[int | None, str]: ...
     def pid(self) -> int | None: ...
     def workspace(self) -> int | None: ...
+    def card(self) -> Gpu: ...
 
 
 class CpuPlace:
@@ -69,6 +71,9 @@ class CpuPlace:
 
     def process(self) -> tuple[int | None, str]:
         return host.rss(), "resident set"
+
+    def card(self) -> Gpu:
+        return gpus.DEFAULT
 
     def pid(self) -> int | None:
         return None
@@ -151,6 +156,13 @@ class CudaPlace:
     def pid(self) -> int | None:
         mine = self._mine()
         return None if mine is None else mine.pid
+
+    def card(self) -> Gpu:
+        """The catalog's, else one of its capability."""
+        name = torch.cuda.get_device_name(self._device)
+        found = gpus.recognise(name, self._before.total)
+        major, minor = torch.cuda.get_device_capability(self._device)
+        return found or Gpu(name, name, 0, major + minor / 10)
 
     def workspace(self) -> int | None:
         """Bytes one cuBLAS handle asks of the caching allocator, by asking anew; None where the

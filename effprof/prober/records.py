@@ -247,7 +247,8 @@ def _memory(found: Mapping[str, list[Mapping[str, Any]]], peak: Peak | None) -> 
         memory["peak_allocated"] = peak.size
     if phases:
         (update, phase), size = max(phases.items(), key=lambda item: item[1])
-        memory |= {"peak_phase": phase, "peak_update": update, "peak_allocated": size}
+        where = {"peak_phase": phase, "peak_update": update}
+        memory = {**where, **memory, "peak_allocated": size}
         if peak is not None:
             memory["recorded"] = peak.size
     if allocated is not None:  # of the update that ran out of memory

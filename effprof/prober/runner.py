@@ -31,6 +31,7 @@ from effprof.trainer.optimizer import MethodOptimizer
 from effprof.trainer.synthetic import gradients, one_update, resident, state_tensors
 
 STEADY_UPDATES = 2  # beside a first one and each periodic one
+_APART = 4.0  # beyond that the machine was busy with something else, or the rates are wrong
 Emit = Callable[..., None]
 
 
@@ -63,7 +64,7 @@ class Runner:
                 self._counters(where)
                 steady = self._time(where, model, optimizer)
                 del model, optimizer
-                self._rates(steady)
+                self._rates(where, steady)
             except Exception as error:
                 with contextlib.suppress(Exception):  # what it adds must not hide what happened
                     self._after(error, where)
@@ -99,7 +100,7 @@ class Runner:
     ) -> None:
         number, kind, due = one
         peaks: dict[str, int] = {}
-        current = ["before"]
+        current = ["forward"]  # its batch is made before it begins
         if kind == "periodic":
             optimizer.seek(due)
 
@@ -180,7 +181,7 @@ class Runner:
             self.emit("periodic", number=due, seconds=time.perf_counter() - start)
         return statistics.median(times)
 
-    def _rates(self, steady: float) -> None:
+    def _rates(self, where: Place, steady: float) -> None:
         """What each class of kernel reaches here, for later estimates of time; and how this plan's
         steady update of so many seconds compares with them.
         """
@@ -189,7 +190,9 @@ class Runner:
         _say("measuring rates")
         try:
             found: dict[str, Any] = rates.measured(self.plan, self.device)
-            pace = steady / kernels_alone(self.plan, Rates(**found))
+            pace = steady / kernels_alone(self.plan, Rates(**found), where.card())
+            if not 1 / _APART < pace < _APART:
+                raise RuntimeError(f"a step takes {pace:.2f} times its kernels measured alone")
         except Exception as problem:  # noqa: BLE001 - the probe itself is whole without them
             self.emit("no rates", why=f"{type(problem).__name__}: {problem}")
             return

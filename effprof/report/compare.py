@@ -9,7 +9,7 @@ from rich.text import Text
 from effprof.published import lineages
 from effprof.recommender.compare import Row, Table
 from effprof.report.terminal import console, table
-from effprof.units import GIB, duration, quantity
+from effprof.units import GIB, quantity
 
 _LEFT_OUT = 6
 
@@ -24,7 +24,7 @@ def show_comparison(found: Table) -> None:
     timed = any(row.estimate.time for row in found.rows)
     names = ["method", "rank", "weights", "optim", "other", "total"]
     names += ["spare"] if plan.gpu else []
-    names += ["update", "tokens/s"] if timed else []
+    names += ["tokens/s"] if timed else []
     rows = table(*names, "perplexity", "vs full")
     full = next((row for row in found.rows if not _has_layers(row)), None)
     for row in found.rows:
@@ -69,8 +69,7 @@ def _cells(row: Row, full: Row | None, *, timed: bool) -> list[str]:
         headroom = values["headroom"]
         cells.append("" if headroom is None else f"{headroom / GIB:+.2f}")
     if timed:
-        update, rate = values["update_seconds"], values["tokens_per_second"]
-        cells.append("" if update is None else duration(update))
+        rate = values["tokens_per_second"]
         cells.append("" if rate is None else quantity(rate))
     cells.append(_perplexity(values))
     if full is None or full is row:

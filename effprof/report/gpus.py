@@ -37,7 +37,8 @@ def show_gpu(card: Gpu) -> None:
     out = console()
     out.print(card.title, style="bold")
     lines = {
-        "memory": gib(card.memory) + (" (nominal)" if card.nominal else ", as the driver says"),
+        "memory": gib(card.memory)
+        + (" (nominal)" if card.nominal else ", as the driver says" if card.source else ""),
         "shared": "with the system: less of it is free" if card.unified else "",
         "bandwidth": _rate(card.bandwidth),
         "bf16": _peak(card.bf16_flops),

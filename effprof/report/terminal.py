@@ -163,20 +163,23 @@ def _show_time(out: Console, result: Estimate) -> None:
     """Seconds of an update, tokens per second, the whole run; with the error to expect."""
     time, plan = result.time, result.plan
     if time is None:
+        if result.time_unknown:
+            out.print(f"Time: unknown ({result.time_unknown}).")
         return
     line = f"Update: {duration(time.update)} ± {100 * time.spread:.0f} %, "
     line += f"{quantity(time.positions / time.update)} tokens/s"
-    if time.mfu is not None and time.peak is not None:
-        line += (
-            f", MFU {100 * time.mfu:.0f} % of {quantity(time.peak, 'FLOP/s')} {plan.compute_dtype}"
-        )
+    if time.utilisation is not None and time.peak is not None:
+        peak = f"{quantity(time.peak, 'FLOP/s')} {time.units}"
+        line += f", {100 * time.utilisation:.0f} % of {peak}"
     if time.phases["refresh"] > 0.005 * time.update:
-        line += f" ({duration(time.phases['refresh'])} of it periodic work)"
+        line += f" ({duration(time.phases['refresh'])} periodic)"
     out.print(line)
+    if time.units != plan.compute_dtype:
+        out.print(f"This card has no {plan.compute_dtype} units.", style="yellow")
     if time.run is not None:
         line = f"The run: {duration(time.run)}"
         if time.power:
-            line += f", up to {time.run * time.power / 3.6e6:,.0f} kWh at {time.power:.0f} W"
+            line += f", up to {time.run * time.power / 3.6e6:,.3g} kWh at {time.power:.0f} W"
         if result.price:
             line += f", {result.price * time.run / 3600:,.2f} at {result.price:g} per hour"
         out.print(line)
@@ -185,6 +188,8 @@ def _show_time(out: Console, result: Estimate) -> None:
 def _show_quality(out: Console, result: Estimate) -> None:
     if result.quality is not None:
         out.print(f"{result.quality}.")
+        if result.quality.kind == "published" and result.quality.note:
+            out.print(f"There: {result.quality.note}.", style="dim")
     elif result.plan.tokens:
         out.print(f"Perplexity: unknown ({unknown(result.plan)}).")
 
