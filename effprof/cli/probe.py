@@ -24,7 +24,6 @@ EPILOG = """\b
 Examples:
   effprof probe --model 9m --method galore --micro-batch 4
   effprof probe --model 1b --method sltrain --device cuda --find max-batch"""
-_FORMATS = ("csv", "parquet")
 
 
 def _option(help_text: str, *names: str) -> Any:
@@ -80,7 +79,9 @@ def command(
     margin = 0.05 if margin is None else checked_margin(margin)
     calibrated = calibration is not False
     if mode in ("listed", "show", "export"):
-        return _kept(listed=bool(listed), show=show, export=export, out=out, as_json=as_json)
+        from effprof.cli.measurements import kept
+
+        return kept(listed=bool(listed), show=show, export=export, out=out, as_json=as_json)
     if mode == "replay":
         assert replay is not None
         from effprof.prober.compare import compare
@@ -247,49 +248,3 @@ def free_memory(plan: Plan, otherwise: int | None = None) -> int:
     raise EffprofError(
         "The driver does not say how much memory is free.", "Give it: --max-memory 20GB."
     )
-
-
-def _kept(
-    *, listed: bool, show: int | None, export: str | None, out: Path | None, as_json: bool
-) -> int:
-    """The measurements kept so far."""
-    if export is not None and export not in _FORMATS:
-        from effprof.errors import unknown
-
-        raise unknown("--export format", export, _FORMATS)
-    from effprof.measure import store
-
-    if show is not None:
-        print(json.dumps(store.one(show), indent=None if as_json else 2))
-        return 0
-    table = store.table()
-    if export is not None:
-        if as_json:
-            raise UsageError("--json has no effect with --export.", "Type --list --json.")
-        return _export(table, export, out)
-    if as_json:
-        print(table.drop(columns="config").to_json(orient="records"))
-    else:
-        from effprof.report.probe import show_measurements
-
-        show_measurements(table, str(store.path()))
-    return 0
-
-
-def _export(table: Any, kind: str, out: Path | None) -> int:
-    from effprof.files import write_whole
-
-    if kind == "csv":
-        text = table.to_csv(index=False)
-        if out is None:
-            print(text, end="")
-            return 0
-        write_whole(out, text)
-    elif out is None:
-        raise UsageError("A parquet file cannot be printed.", "Add --out measurements.parquet.")
-    else:
-        write_whole(out, table.to_parquet(index=False))
-    from effprof.report.terminal import line
-
-    line(f"{len(table)} measurements in {out}")
-    return 0

@@ -69,8 +69,3 @@ def resident(model: nn.Module, optimizer: MethodOptimizer) -> dict[str, int]:
         "optimizer": total(state_tensors(optimizer)),
         "buffers": total(dict(model.named_buffers())),
     }
-
-
-def most_held(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
-    """Of what is held after two updates, that with more optimizer state: blocks may take turns."""
-    return max(other, one, key=lambda sizes: sizes["optimizer"])
