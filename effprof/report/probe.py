@@ -209,8 +209,9 @@ def show_found(found: Found) -> None:
         line = f"No micro-batch ran 100 updates within {room}{brief}."
         out.print(Text(line, style="bold red"))
         return
-    largest = "the largest that fits" if found.closed else "fits; a larger one may too"
-    line = f"Micro-batch {found.micro_batch} is {largest} in {room}; it ran 100 updates."
+    what = "is the largest that fits" if found.closed else "fits"
+    more = "" if found.closed else " (a larger one may, too)"
+    line = f"Micro-batch {found.micro_batch} {what}{more} in {room}; it ran 100 updates."
     out.print(Text(line, style="bold green"))
     plan = found.plan
     out.print(
