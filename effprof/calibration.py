@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from effprof.files import home
 
 SCHEMA = "effprof.calibration/1"
 
 
-@dataclass(frozen=True, slots=True)
-class Calibration:
+class Calibration(NamedTuple):
     """A card's constants: the medians of its newest probes with one driver and torch.
 
     ``context`` is bytes outside the caching allocator, ``workspace`` bytes of one cuBLAS handle,
@@ -31,7 +30,7 @@ class Calibration:
     date: str
     context: int | None = None
     workspace: int | None = None
-    efficiency: Mapping[str, float] = field(default_factory=dict)
+    efficiency: Mapping[str, float] = MappingProxyType({})
     torch: str = ""
     driver: str = ""
 

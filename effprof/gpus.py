@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
 import tomllib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from effprof import calibration
 from effprof.calibration import Calibration
@@ -30,8 +28,7 @@ WORKSPACE = 8_519_680
 WORKSPACE_HOPPER = 32 * MIB
 
 
-@dataclass(frozen=True, slots=True)
-class Gpu:
+class Gpu(NamedTuple):
     """A card: ``memory`` in bytes; dense peaks in FLOP/s with fp32 accumulation and without
     sparsity, ``bandwidth``, ``link`` (all links, both directions) and ``pcie`` (one direction) in
     bytes/s, ``power`` in watts. None where it is not known.
@@ -72,12 +69,12 @@ class Gpu:
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON object: bytes, FLOP/s, bytes/s, watts."""
-        names = [item.name for item in dataclasses.fields(self) if item.name != "calibration"]
+        names = [name for name in self._fields if name != "calibration"]
         return {name: getattr(self, name) for name in names}
 
     def calibrated(self) -> Gpu:
         """The card with what probes have measured of it here."""
-        return dataclasses.replace(self, calibration=calibration.of(self.name))
+        return self._replace(calibration=calibration.of(self.name))
 
     def peak(self, dtype: str) -> float | None:
         """FLOP/s of matrix products in a dtype (bf16, fp16 or fp32, which torch runs without tf32).
