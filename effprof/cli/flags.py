@@ -16,67 +16,68 @@ from effprof.plan import Plan, flag, from_dict
 from effprof.units import parse_count
 
 
-def _option(help_text: str, *names: str) -> Any:
+def option(help_text: str, *names: str) -> Any:
+    """An option whose default stands in its help: what is not given is None."""
     return typer.Option(*names, help=help_text, show_default=False)
 
 
 def _plan_flags(
     model: Annotated[
         str | None,
-        _option("Preset (60m, 1b, qwen2-0.5b …) or path of a config.json.", "--model", "-m"),
+        option("Preset (60m, 1b, qwen2-0.5b …) or path of a config.json.", "--model", "-m"),
     ] = None,
-    method: Annotated[str | None, _option("Method; `effprof methods` lists them. [full]")] = None,
-    update: Annotated[str | None, _option("Another method's update half.")] = None,
-    rank: Annotated[int | None, _option("Rank. [published for this size, else hidden / 4]")] = None,
+    method: Annotated[str | None, option("Method; `effprof methods` lists them. [full]")] = None,
+    update: Annotated[str | None, option("Another method's update half.")] = None,
+    rank: Annotated[int | None, option("Rank. [published for this size, else hidden / 4]")] = None,
     settings: Annotated[
-        list[str] | None, _option("A method's setting, key=value; update.key=value.", "--set")
+        list[str] | None, option("A method's setting, key=value; update.key=value.", "--set")
     ] = None,
-    micro_batch: Annotated[int | None, _option("Rows per forward. [16]")] = None,
-    seq_len: Annotated[int | None, _option("Positions per row. [256]")] = None,
-    grad_accum: Annotated[int | None, _option("Micro-batches per update. [1]")] = None,
-    global_batch: Annotated[int | None, _option("Rows per update over all GPUs.")] = None,
-    dtype: Annotated[str | None, _option("bf16, fp16, amp-bf16, amp-fp16, fp32. [bf16]")] = None,
+    micro_batch: Annotated[int | None, option("Rows per forward. [16]")] = None,
+    seq_len: Annotated[int | None, option("Positions per row. [256]")] = None,
+    grad_accum: Annotated[int | None, option("Micro-batches per update. [1]")] = None,
+    global_batch: Annotated[int | None, option("Rows per update over all GPUs.")] = None,
+    dtype: Annotated[str | None, option("bf16, fp16, amp-bf16, amp-fp16, fp32. [bf16]")] = None,
     state_dtype: Annotated[
-        str | None, _option("Optimizer states: same, fp32 or 8bit. [same]")
+        str | None, option("Optimizer states: same, fp32 or 8bit. [same]")
     ] = None,
-    master_weights: Annotated[str | None, _option("none. [none]")] = None,
+    master_weights: Annotated[str | None, option("none. [none]")] = None,
     checkpointing: Annotated[
-        str | None, _option("Activation checkpointing: none or full. [none]")
+        str | None, option("Activation checkpointing: none or full. [none]")
     ] = None,
-    attention: Annotated[str | None, _option("sdpa, eager or math. [sdpa]")] = None,
+    attention: Annotated[str | None, option("sdpa, eager or math. [sdpa]")] = None,
     attention_mask: Annotated[
-        str | None, _option("none, or full as transformers 4 builds it. [none]")
+        str | None, option("none, or full as transformers 4 builds it. [none]")
     ] = None,
     loss: Annotated[
-        str | None, _option("standard, or chunked without whole logits. [standard]")
+        str | None, option("standard, or chunked without whole logits. [standard]")
     ] = None,
-    rows: Annotated[str | None, _option("packed, packed-isolated or padded. [packed]")] = None,
+    rows: Annotated[str | None, option("packed, packed-isolated or padded. [packed]")] = None,
     per_layer_update: Annotated[
         bool | None,
-        _option("Update each tensor in backward, free its gradient.", "--per-layer-update"),
+        option("Update each tensor in backward, free its gradient.", "--per-layer-update"),
     ] = None,
     zero_grad: Annotated[
-        str | None, _option("Gradients after an update: none or zero. [none]")
+        str | None, option("Gradients after an update: none or zero. [none]")
     ] = None,
-    optimizer_impl: Annotated[str | None, _option("AdamW: fused, foreach or loop. [fused]")] = None,
+    optimizer_impl: Annotated[str | None, option("AdamW: fused, foreach or loop. [fused]")] = None,
     keep_logits: Annotated[
-        bool | None, _option("The loop keeps the model's output through backward.", "--keep-logits")
+        bool | None, option("The loop keeps the model's output through backward.", "--keep-logits")
     ] = None,
-    targets: Annotated[str | None, _option("Matrices the method takes. [attention,mlp]")] = None,
+    targets: Annotated[str | None, option("Matrices the method takes. [attention,mlp]")] = None,
     freeze_rest: Annotated[
-        bool | None, _option("Train the targeted matrices only.", "--freeze-rest")
+        bool | None, option("Train the targeted matrices only.", "--freeze-rest")
     ] = None,
-    compile: Annotated[bool | None, _option("torch.compile the model.", "--compile")] = None,
+    compile: Annotated[bool | None, option("torch.compile the model.", "--compile")] = None,
     allocator: Annotated[
         str | None,
-        _option("default, expandable, or as PYTORCH_CUDA_ALLOC_CONF. [default]"),
+        option("default, expandable, or as PYTORCH_CUDA_ALLOC_CONF. [default]"),
     ] = None,
-    device: Annotated[str | None, _option("cuda or cpu.")] = None,
-    gpu: Annotated[str | None, _option("A card's name, or mem=24GB.")] = None,
-    gpus: Annotated[int | None, _option("Number of GPUs. [1]")] = None,
-    parallel: Annotated[str | None, _option("none. [none]")] = None,
-    tokens: Annotated[str | None, _option("Positions of the whole run, such as 13.1B.")] = None,
-    config: Annotated[Path | None, _option("A run.toml with these names.")] = None,
+    device: Annotated[str | None, option("cuda or cpu.")] = None,
+    gpu: Annotated[str | None, option("A card's name, or mem=24GB.")] = None,
+    gpus: Annotated[int | None, option("Number of GPUs. [1]")] = None,
+    parallel: Annotated[str | None, option("none. [none]")] = None,
+    tokens: Annotated[str | None, option("Positions of the whole run, such as 13.1B.")] = None,
+    config: Annotated[Path | None, option("A run.toml with these names.")] = None,
 ) -> None: ...
 
 

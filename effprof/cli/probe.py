@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from effprof.cli.flags import default_device, plan_from, refuse, with_plan_flags
+from effprof.cli.flags import default_device, option, plan_from, refuse, with_plan_flags
 from effprof.errors import EffprofError, UsageError
 from effprof.plan import flag
 from effprof.units import parse_bytes
@@ -26,42 +26,38 @@ Examples:
   effprof probe --model 1b --method sltrain --device cuda --find max-batch"""
 
 
-def _option(help_text: str, *names: str) -> Any:
-    return typer.Option(*names, help=help_text, show_default=False)
-
-
 @with_plan_flags
 def command(
     flags: Mapping[str, Any],
     seconds: Annotated[
-        float | None, _option("Seconds to time steady updates for, at most. [30]")
+        float | None, option("Seconds to time steady updates for, at most. [30]")
     ] = None,
     time_limit: Annotated[
-        float | None, _option("Seconds before the probe, or a trial, is stopped. [900]")
+        float | None, option("Seconds before the probe, or a trial, is stopped. [900]")
     ] = None,
-    interval: Annotated[float | None, _option("Seconds between two readings. [0.02]")] = None,
+    interval: Annotated[float | None, option("Seconds between two readings. [0.02]")] = None,
     tape: Annotated[
-        bool | None, _option("Name the tensors behind the largest disagreement.", "--tape")
+        bool | None, option("Name the tensors behind the largest disagreement.", "--tape")
     ] = None,
-    find: Annotated[str | None, _option("max-batch: the largest that really runs.")] = None,
+    find: Annotated[str | None, option("max-batch: the largest that really runs.")] = None,
     max_memory: Annotated[
-        str | None, _option("With --find: use no more than this, such as 20GB.")
+        str | None, option("With --find: use no more than this, such as 20GB.")
     ] = None,
-    margin: Annotated[float | None, _option("Share of memory to keep back. [0.05]")] = None,
-    record: Annotated[Path | None, _option("Keep the raw records in a file.")] = None,
-    replay: Annotated[Path | None, _option("A recording in place of a run.")] = None,
+    margin: Annotated[float | None, option("Share of memory to keep back. [0.05]")] = None,
+    record: Annotated[Path | None, option("Keep the raw records in a file.")] = None,
+    replay: Annotated[Path | None, option("A recording in place of a run.")] = None,
     store: Annotated[
         bool | None,
-        _option("Keep the measurement. [a run: yes, a replay: no]", "--store/--no-store"),
+        option("Keep the measurement. [a run: yes, a replay: no]", "--store/--no-store"),
     ] = None,
     calibration: Annotated[
         bool | None,
-        _option("Use what probes measured. [yes]", "--calibration/--no-calibration"),
+        option("Use what probes measured. [yes]", "--calibration/--no-calibration"),
     ] = None,
-    listed: Annotated[bool | None, _option("The measurements kept.", "--list")] = None,
-    show: Annotated[int | None, _option("One measurement, whole, as JSON.")] = None,
-    export: Annotated[str | None, _option("All measurements as csv or parquet.")] = None,
-    out: Annotated[Path | None, _option("Where --export writes.")] = None,
+    listed: Annotated[bool | None, option("The measurements kept.", "--list")] = None,
+    show: Annotated[int | None, option("One measurement, whole, as JSON.")] = None,
+    export: Annotated[str | None, option("All measurements as csv or parquet.")] = None,
+    out: Annotated[Path | None, option("Where --export writes.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,

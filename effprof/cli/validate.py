@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from effprof.cli.flags import refuse, with_plan_flags
-from effprof.cli.probe import _option, checked, here, keep
+from effprof.cli.flags import option, refuse, with_plan_flags
+from effprof.cli.probe import checked, here, keep
 from effprof.errors import UsageError
 from effprof.plan import flag
 
@@ -38,16 +38,14 @@ def command(
     tolerance: Annotated[
         float, typer.Option(help="Relative error allowed of each measured total.")
     ] = 0.05,
-    seconds: Annotated[
-        float | None, _option("Seconds to time each plan for, at most. [30]")
-    ] = None,
-    time_limit: Annotated[float | None, _option("Seconds before a probe is stopped. [900]")] = None,
-    interval: Annotated[float | None, _option("Seconds between two readings. [0.02]")] = None,
+    seconds: Annotated[float | None, option("Seconds to time each plan for, at most. [30]")] = None,
+    time_limit: Annotated[float | None, option("Seconds before a probe is stopped. [900]")] = None,
+    interval: Annotated[float | None, option("Seconds between two readings. [0.02]")] = None,
     tape: Annotated[
         bool, typer.Option("--tape", help="Name the tensors behind the largest disagreement.")
     ] = False,
     store: Annotated[
-        bool | None, _option("Keep the measurements of runs. [yes]", "--store/--no-store")
+        bool | None, option("Keep the measurements of runs. [yes]", "--store/--no-store")
     ] = None,
     calibration: Annotated[
         bool, typer.Option("--calibration/--no-calibration", help="Use what probes measured.")

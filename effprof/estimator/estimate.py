@@ -54,7 +54,6 @@ class Estimate:
     paper: tuple[int, str] | None
     fits: tuple[Fit, ...]
     not_modelled: tuple[str, ...]
-    calibration: Calibration | None = None
     time: Time | None = None
     price: float | None = None  # of an hour of the card
     card: Gpu | None = None
@@ -65,6 +64,11 @@ class Estimate:
         """The bytes that have to fit: the process on a GPU, the allocator's peak on a CPU."""
         process = self.memory.process_total
         return self.memory.peak.size if process is None else process
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What probes measured of the card, where that was used."""
+        return None if self.card is None else self.card.calibration
 
     @property
     def time_unknown(self) -> str:
@@ -140,7 +144,6 @@ def estimate(
         _paper(step),
         fits(plan, found, card, calibrated=calibrated),
         not_modelled(plan) + _other_vendor(card),
-        card.calibration,
         _time(step, found, card, count),
         price,
         card,

@@ -30,7 +30,7 @@ CHAIN = 2.0
 ATTENTION_BACKWARD = 2.5
 BACKWARD_TRAFFIC = 1.7  # of the forward's, in a full-rank step of the synthesized tape
 MAPPED = 32 * 2**20  # glibc's largest mmap threshold: beyond it every allocation is new pages
-_DECOMPOSED = ("svd", "refactorize", "exact", "refresh")  # periodic parts that are SVDs and QRs
+_DECOMPOSED = ("svd", "refactorize", "exact")  # periodic parts that are SVDs and QRs
 _MATRICES = ("q", "k", "v", "o", "qkv", "gate", "up", "gate_up", "down")
 _PRODUCTS = frozenset(
     (
@@ -68,10 +68,8 @@ def work(step: Step, tape: Tape, card: Gpu) -> dict[str, Work]:
     plan, tokens = step.plan, step.plan.positions
     forward = [one for unit, times in step.units() for one in _forward(step, unit, tokens, times)]
     backward = [one for unit, times in step.units() for one in _backward(step, unit, tokens, times)]
-    attention = float(attention_forward(step.architecture, tokens, plan.seq_len))
-    per_layer = attention_forward(step.architecture, tokens, plan.seq_len)
-    per_layer //= step.architecture.layers
-    exact = backward_flops(step, tokens, per_layer) - 2 * attention
+    attention = attention_forward(step.architecture, tokens, plan.seq_len)
+    exact = backward_flops(step, tokens, attention // step.architecture.layers) - 2 * attention
     total = sum(flops for flops, _ in backward)
     share = exact / total if total else 0.0
     backward = [(flops * share, size * share) for flops, size in backward]

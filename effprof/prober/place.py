@@ -104,8 +104,7 @@ class CudaPlace:
         driver = self._session
         driver = driver.driver() if isinstance(driver, Session) else driver
         name = torch.cuda.get_device_name(self._device)
-        total = before.total or int(torch.cuda.mem_get_info(self._device)[1])
-        card = gpus.recognise(name, total)
+        total, card = self._total(), self._recognised()
         major, minor = torch.cuda.get_device_capability(self._device)
         reasons = dict(before.reasons)
         if driver.problem:
@@ -157,10 +156,15 @@ class CudaPlace:
         mine = self._mine()
         return None if mine is None else mine.pid
 
+    def _total(self) -> int:
+        return self._before.total or int(torch.cuda.mem_get_info(self._device)[1])
+
+    def _recognised(self) -> Gpu | None:
+        return gpus.recognise(torch.cuda.get_device_name(self._device), self._total())
+
     def card(self) -> Gpu:
         """The catalog's, else one of its capability."""
-        name = torch.cuda.get_device_name(self._device)
-        found = gpus.recognise(name, self._before.total)
+        name, found = torch.cuda.get_device_name(self._device), self._recognised()
         major, minor = torch.cuda.get_device_capability(self._device)
         return found or Gpu(name, name, 0, major + minor / 10)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.text import Text
 
+from effprof import registry
 from effprof.published import lineages
 from effprof.recommender.compare import Row, Table
 from effprof.report.terminal import console, table
@@ -26,7 +27,7 @@ def show_comparison(found: Table) -> None:
     names += ["spare"] if plan.gpu else []
     names += ["tokens/s"] if timed else []
     rows = table(*names, "perplexity", "vs full")
-    full = next((row for row in found.rows if not _has_layers(row)), None)
+    full = next((row for row in found.rows if row.plan.method == registry.default()), None)
     for row in found.rows:
         rows.add_row(*_cells(row, full, timed=timed))
     out.print(rows)
@@ -47,13 +48,6 @@ def show_comparison(found: Table) -> None:
         out.print(f"and {len(found.left_out) - _LEFT_OUT} more (--json names them)", style="dim")
     model = f"--model {plan.model} --method {found.rows[0].plan.method}"
     out.print(f"Next: effprof estimate {model} shows one of them in full.")
-
-
-def _has_layers(row: Row) -> bool:
-    """Whether a method is anything but the default one: what the last column compares with."""
-    from effprof import registry
-
-    return row.plan.method != registry.default()
 
 
 def _cells(row: Row, full: Row | None, *, timed: bool) -> list[str]:
