@@ -16,7 +16,9 @@ def main() -> None:
 
     if sys.argv[1:2] != ["estimate"]:  # which imports more, and ends before it mattered
         gc.enable()
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    gc.freeze()  # nor is there anything to collect when the interpreter ends
+    sys.exit(code)
 
 
 if __name__ == "__main__":
