@@ -13,7 +13,7 @@ from typing import Any
 
 from effprof.allocator import SMALL_SEGMENT, Action, Settings, configuration, replay
 from effprof.errors import EffprofError
-from effprof.tape import Tape
+from effprof.tape import ROLES, Tape
 
 _FREES = "free_completed"
 
@@ -60,8 +60,9 @@ def recorded_tape(snapshot: dict[str, Any], device: int = 0) -> Tape:
         if action == "alloc":
             alive[address] = (len(tape.roles), size)
             tape.events.append(alive[address])
-            tape.roles.append("workspace")
             frames = event.get("frames") or [{"name": "", "filename": ""}]
+            role = frames[0].get("filename")  # where `write` puts it; nobody else's is told apart
+            tape.roles.append(role if role in ROLES else "workspace")
             tape.labels.append(str(frames[0]["name"]))
         elif action == _FREES and address in alive:
             storage, size = alive.pop(address)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -20,6 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 settings.register_profile("repeatable", derandomize=True)  # the gate's answer is the same twice
 settings.load_profile("repeatable")
 
+RECORDING = Path(__file__).parent / "data" / "probe_9m_galore_cpu.jsonl"
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 176,
@@ -84,6 +86,37 @@ def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(configs: dict[str, str]) -> str:
     """A tiny llama."""
     return configs["llama"]
+
+
+@pytest.fixture(scope="session")
+def documents(
+    tmp_path_factory: pytest.TempPathFactory, tiny: str, texts: Path
+) -> dict[str, list[str]]:
+    """What `effprof report` takes, by kind: runs, documents, a recording, a snapshot."""
+    from helpers import run_cli
+
+    folder, tape = tmp_path_factory.mktemp("documents"), RECORDING
+    plan = ("--model", tiny, "--micro-batch", "2", "--seq-len", "32")
+    compared = ("--model", "350m", "--gpu", "t4")
+    snapshot = folder / "step.pickle"
+    printed = {
+        "estimate": ("--method", "lowrank", *plan),
+        "compare": compared,
+        "trace": ("--method", "galore", *plan, "--snapshot", snapshot),
+        "probe": ("--replay", tape),
+        "validate": ("--replay", tape),
+    }
+    found = {"recording": [str(tape)], "snapshot": [str(snapshot)]}
+    for command, flags in printed.items():
+        path = folder / f"{command}.json"
+        path.write_text(run_cli(command, *flags, "--json")[1], encoding="utf-8")
+        found[command] = [str(path)]
+    runs = [str(folder / "one"), str(folder / "other")]
+    train = ("--data", texts, "--steps", "4", "--eval-every", "2", "--device", "cpu")
+    code, _, err = run_cli("train", *plan, "--method", "galore", *train, "--out", runs[0])
+    assert code == 0, err
+    shutil.copytree(*runs)
+    return found | {"train": runs[:1], "runs": runs}
 
 
 @pytest.fixture(scope="session")

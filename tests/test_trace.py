@@ -245,7 +245,8 @@ def test_the_command_draws_writes_and_prints_one_document(tmp_path: Path, tiny: 
     assert files["step.png"].read_bytes().startswith(b"\x89PNG")
     page = files["step.html"].read_text()
     assert "@DATA@" not in page
-    assert "http" not in page
+    assert "://" not in page
+    assert document["timeline"]["title"] in page
     assert read(files["step.pickle"])["device_traces"]
     code, out, _ = run_cli("trace", *plan, "--gpu", "mem=100MB")
     assert code == 3

@@ -20,6 +20,7 @@ COMMANDS = (
     "probe",
     "validate",
     "train",
+    "report",
     "methods",
     "models",
     "gpus",

@@ -71,13 +71,16 @@ def command(
         calibrated=calibration,
         on_row=_progress(),
     )
-    if png or html:
-        from effprof.report.scatter import draw_scatter, write_scatter
+    if png:
+        from effprof.report.scatter import draw_scatter
 
-        if png:
-            draw_scatter(png, found)
-        if html:
-            write_scatter(html, found)
+        draw_scatter(png, found)
+    if html:
+        from effprof.report.page import write_page
+        from effprof.report.pages import page_of
+        from effprof.report.subject import Subject
+
+        write_page(html, page_of([Subject(html.stem, found.as_dict())]))
     _print(found, as_csv=as_csv, as_json=as_json)
     return 0
 

@@ -41,6 +41,7 @@ def command(
         _refuse_with_diff({"--png": png, "--html": html, "--snapshot": snapshot}, flags)
         return _difference(diff, as_json=as_json)
     from effprof.estimator.estimate import estimate
+    from effprof.report.timeline import timeline
     from effprof.tracer.foreign import admit_config
     from effprof.tracer.trace import trace
 
@@ -51,21 +52,24 @@ def command(
     plan = from_dict(values)
     expected = None if plan.architecture.foreign or as_json else estimate(plan)
     result = trace(plan)
+    shown = timeline(plan, result.memory)
+    document = result.as_dict() | {"timeline": shown.as_dict()}
     if png or html:
+        from effprof.report.page import write_page
+        from effprof.report.pages import page_of
         from effprof.report.plots import draw
-        from effprof.report.timeline import timeline, write_page
+        from effprof.report.subject import Subject
 
-        shown = timeline(plan, result.memory)
         if png:
             draw(png, shown)
         if html:
-            write_page(html, shown)
+            write_page(html, page_of([Subject(plan.model, document)]))
     if snapshot:
         from effprof.snapshot import write
 
         write(snapshot, result.tape, plan.allocator)
     if as_json:
-        print(json.dumps(result.as_dict()))
+        print(json.dumps(document))
     else:
         from effprof.report.trace import show_trace
 

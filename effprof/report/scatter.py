@@ -1,11 +1,8 @@
-"""Memory against perplexity, as a picture and as a page: the Pareto front at a glance."""
+"""Memory against perplexity as a PNG: the Pareto front at a glance."""
 
 from __future__ import annotations
 
-import html
 import io
-import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +70,3 @@ def draw_scatter(path: Path, found: Table) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     write_whole(path, buffer.getvalue())
-
-
-def write_scatter(path: Path, found: Table) -> None:
-    """The scatter as one HTML file, light and dark, no network. Raises EffprofError."""
-    page = files("effprof.report").joinpath("scatter.html").read_text(encoding="utf-8")
-    page = page.replace("@TITLE@", html.escape(_title(found)))
-    page = page.replace("@DATA@", json.dumps(points(found)).replace("</", "<\\/"))
-    write_whole(path, page)

@@ -1,36 +1,51 @@
-"""One update's memory over its events, as a self-contained page; what the PNG draws, too."""
+"""Memory over a tape's events: what the PNG, the page and the JSON document show."""
 
 from __future__ import annotations
 
-import html
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effprof import readers
 from effprof.readers import Instant, Span
-from effprof.report.plots import COLOURS
-from effprof.tape import ROLES
-from effprof.units import gib
+from effprof.tape import ROLES, Tape, sizes_of
 
 if TYPE_CHECKING:
     from effprof.estimator.memory import Memory
     from effprof.plan import Plan
 
-_NAMED = 6  # labels that hovering shows
+_NAMED = 6  # groups of storages that hovering shows
+_POINTS = 600
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """The update that holds the peak: bytes by role at instants, its phases, reserved memory."""
+    """Bytes by role at instants, the phases they lie in, and reserved memory where it is known."""
 
     title: str
     instants: list[Instant]
     spans: list[Span]
     reserved: int | None
-    memory: Memory
+    tape: Tape
+    blocks: Sequence[int] | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON object: bytes; ``instants`` are [event, bytes by role in order, largest], the
+        largest groups of storages then alive as [bytes, index into ``labels``].
+        """
+        labels: dict[tuple[str, str], int] = {}
+        named = _largest(self, labels)
+        return {
+            "title": self.title,
+            "roles": list(ROLES),
+            "instants": [
+                [one.event, [one.by_role[role] for role in ROLES], named[one.event]]
+                for one in self.instants
+            ],
+            "labels": [list(key) for key in labels],
+            "spans": [[span.phase, span.start, span.end, span.peak] for span in self.spans],
+            "reserved": self.reserved,
+        }
 
 
 def timeline(plan: Plan, memory: Memory) -> Timeline:
@@ -44,13 +59,19 @@ def timeline(plan: Plan, memory: Memory) -> Timeline:
     while last + 1 < len(every) and every[last + 1].update == peak.update:
         last += 1
     kept = _joined(every[first : last + 1])
-    instants = readers.timeline(tape, blocks, kept[0].start, kept[-1].end)
+    instants = readers.timeline(tape, blocks, kept[0].start, kept[-1].end, _POINTS)
     rank = f", rank {plan.rank}" if plan.rank else ""
     title = (
         f"{plan.model} · {plan.method}{rank} · {plan.micro_batch} × {plan.seq_len} · {plan.dtype}"
         f" · the {peak.update} update"
     )
-    return Timeline(title, instants, kept, memory.reserved, memory)
+    return Timeline(title, instants, kept, memory.reserved, tape, blocks)
+
+
+def whole(tape: Tape, title: str) -> Timeline:
+    """The timeline of everything on a tape of another program, which tells no phases."""
+    instants = readers.timeline(tape, None, 0, len(tape.events), _POINTS)
+    return Timeline(title, instants, [], None, tape, None)
 
 
 def _joined(every: list[Span]) -> list[Span]:
@@ -66,52 +87,23 @@ def _joined(every: list[Span]) -> list[Span]:
     return found
 
 
-def write_page(path: Path, shown: Timeline) -> None:
-    """The timeline as one HTML file, light and dark, no network. Raises EffprofError."""
-    from effprof.files import write_whole
-
-    page = files("effprof.report").joinpath("timeline.html").read_text(encoding="utf-8")
-    page = page.replace("@TITLE@", html.escape(shown.title))
-    page = page.replace("@SUMMARY@", html.escape(_summary(shown)))
-    page = page.replace("@DATA@", json.dumps(_data(shown)).replace("</", "<\\/"))
-    write_whole(path, page)
-
-
-def _summary(shown: Timeline) -> str:
-    peak, reserved = shown.memory.peak, shown.reserved
-    text = f"Peak {gib(peak.size)} allocated in {peak.phase}"
-    return text if reserved is None else f"{text}; {gib(reserved)} reserved"
-
-
-def _data(shown: Timeline) -> dict[str, Any]:
+def _largest(shown: Timeline, labels: dict[tuple[str, str], int]) -> dict[int, list[list[int]]]:
+    """The largest groups of storages alive at each instant: [bytes, index of (role, label)]."""
+    tape = shown.tape
+    sizes = sizes_of(tape) if shown.blocks is None else shown.blocks
     events = {one.event for one in shown.instants}
-    names = _largest(shown, events)
-    return {
-        "roles": list(ROLES),
-        "colours": COLOURS,
-        "instants": [
-            [one.event, [one.by_role[role] for role in ROLES], names[one.event]]
-            for one in shown.instants
-        ],
-        "spans": [[span.phase, span.start, span.end, span.peak] for span in shown.spans],
-        "reserved": shown.reserved,
-    }
-
-
-def _largest(shown: Timeline, events: set[int]) -> dict[int, list[list[Any]]]:
-    """The largest groups of storages alive at these events: [bytes, role, label]."""
-    tape = shown.memory.tape
-    sizes = shown.memory.blocks or {s: change for s, change in tape.events if change > 0}
     keys = [
         next(iter(readers.grouped([(0, role, label)])))
         for role, label in zip(tape.roles, tape.labels, strict=True)
     ]
     alive: dict[tuple[str, str], int] = {}
-    found = {}
+    found: dict[int, list[list[int]]] = {}
     for index, (storage, change) in enumerate(tape.events):
         key, size = keys[storage], sizes[storage]
         alive[key] = alive.get(key, 0) + (size if change > 0 else -size)
         if index in events:
             top = sorted(alive.items(), key=lambda item: -item[1])[:_NAMED]
-            found[index] = [[size, *key] for key, size in top if size]
+            found[index] = [
+                [held, labels.setdefault(key, len(labels))] for key, held in top if held
+            ]
     return found

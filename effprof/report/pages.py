@@ -1,0 +1,306 @@
+"""A page for each kind of document: the figures that answer first, then charts and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from effprof import published
+from effprof.errors import UsageError
+from effprof.report.page import Chart, Grid, Page
+from effprof.report.sections import (
+    bars,
+    buckets,
+    cards,
+    curves,
+    error_of,
+    fit_tiles,
+    headline,
+    peak_tiles,
+    settings,
+    stack,
+    timelines,
+)
+from effprof.report.subject import Subject
+from effprof.tape import ROLES
+from effprof.units import GIB, duration, gib, quantity
+
+
+def page_of(subjects: Sequence[Subject]) -> Page:
+    """The page about these. Several have to be runs, whose curves are drawn together.
+
+    Raises UsageError for a document that has no page.
+    """
+    kinds = {one.kind for one in subjects}
+    if len(subjects) > 1:
+        if kinds != {"train"}:
+            raise UsageError(
+                f"Several subjects have to be runs, and {sorted(kinds - {'train'})[0]} is none.",
+                "Write a report for each.",
+            )
+        return _runs(subjects)
+    (subject,) = subjects
+    if subject.kind not in _PAGES:
+        raise UsageError(
+            f"There is no report about {subject.document['schema']}.",
+            f"Reports are about {', '.join(_PAGES)}.",
+        )
+    try:
+        return _PAGES[subject.kind](subject)
+    except (LookupError, TypeError, AttributeError, ValueError) as problem:
+        if isinstance(problem, UsageError):
+            raise
+        raise UsageError(
+            f"{subject.name!r} is damaged: {type(problem).__name__}: {problem}.",
+            "Write it again with this version of effprof.",
+        ) from None
+
+
+def _of_estimate(subject: Subject) -> Page:
+    document = subject.document
+    title, subtitle = headline(document["plan"])
+    tiles = fit_tiles(document) + peak_tiles(document["memory"])
+    time, quality = document["time"], document["quality"]
+    if time:
+        tiles.append(("tokens per second", quantity(time["tokens_per_second"]), ""))
+    if quality:
+        tiles.append((f"perplexity, {quality['kind']}", f"{quality['perplexity']:.2f}", ""))
+    sections, notes = timelines(subject)
+    notes += [f"Not modelled: {one}." for one in document["not_modelled"]]
+    sections.append(bars("Memory at the peak", [stack("estimate", document["memory"])]))
+    sections += [*cards(document), settings(document["plan"])]
+    return Page(title, f"{subtitle} · estimate", tiles, sections, notes)
+
+
+def _of_trace(subject: Subject) -> Page:
+    document = subject.document
+    title, subtitle = headline(document["plan"])
+    sections: list[Chart | Grid] = []
+    notes: list[str] = []
+    if "timeline" in document:
+        data = document["timeline"]
+        sections.append(Chart("Memory over an update, traced", "timeline", data, data["title"]))
+    else:
+        sections, notes = timelines(subject)
+    sections.append(bars("Memory at the peak", [stack("trace", document["memory"])]))
+    phases: dict[tuple[str, str], int] = {}
+    for one in document["phases"]:
+        key = one["update"], one["phase"]
+        phases[key] = max(phases.get(key, 0), one["peak"])
+    rows = [(phase, update, gib(size)) for (update, phase), size in phases.items()]
+    sections.append(Grid("Phases", ("phase", "update", "peak"), rows))
+    largest = [(one["label"], one["role"], gib(one["bytes"])) for one in document["at_peak"][:20]]
+    head = ("tensors at the peak, layers together", "role", "size")
+    sections.append(Grid("Largest tensors", head, largest))
+    notes += [f"Assumed: {what} ({times} times)." for what, times in document["assumed"].items()]
+    notes += [f"Not modelled: {one}." for one in document["not_modelled"]]
+    tiles = fit_tiles(document) + peak_tiles(document["memory"])
+    sections += [*cards(document), settings(document["plan"])]
+    return Page(title, f"{subtitle} · trace", tiles, sections, notes)
+
+
+def _of_snapshot(subject: Subject) -> Page:
+    assert subject.recorded is not None
+    peak = max(sum(one.by_role.values()) for one in subject.recorded.instants)
+    sections, _ = timelines(subject, source="recorded")
+    notes = ["Sizes are those asked for; what was there before the recording began is left out."]
+    if set(subject.recorded.tape.roles) == {"workspace"}:
+        notes.append("Roles are told apart in snapshots that effprof wrote only.")
+    tiles = [
+        ("peak recorded", gib(peak), ""),
+        ("events", f"{len(subject.recorded.tape.events):,}", ""),
+    ]
+    return Page(subject.name, "memory snapshot", tiles, sections, notes)
+
+
+def _of_probe(subject: Subject) -> Page:
+    document = subject.document
+    title, subtitle = headline(document["plan"])
+    measured, device = document["measured"], document["device"]
+    mood = {"FITS": "good", "TIGHT": ""}.get(document["verdict"], "bad")
+    tiles = [("verdict", document["verdict"], mood)]
+    for one in document["comparison"]:
+        if one["when"] == "peak" and one["bucket"] in ("peak_allocated", "update"):
+            name = "update" if one["bucket"] == "update" else "peak allocated"
+            size = duration(one["measured"]) if name == "update" else gib(one["measured"])
+            tiles += [(f"{name}, measured", size, ""), (f"{name}, estimate", error_of(one), "")]
+    steps = measured.get("step_seconds")
+    if steps and not any(name.startswith("update") for name, _, _ in tiles):
+        tiles.append(("update, measured", duration(steps["median"]), ""))
+    expected, memory = document["estimated"]["memory"], measured.get("memory", {})
+    stacks = [stack("estimated", expected)]
+    if any(role in memory for role in ROLES):
+        stacks.append(stack("measured", memory))
+    sections: list[Chart | Grid] = [
+        bars("Estimated against measured", stacks, "Bytes by role at the peak."),
+        *buckets(document),
+    ]
+    if document["tensors"]:
+        rows = [
+            (
+                one["label"] or "(no name)",
+                one["role"],
+                str(abs(one["count"])),
+                gib(abs(one["bytes"])),
+            )
+            for one in document["tensors"]
+        ]
+        head = ("tensor", "role", "count", "bytes")
+        sections.append(Grid("Tensors that only one side has at its peak", head, rows))
+    shown, notes = timelines(subject, source="recorded")
+    sections += shown
+    if document["detail"]:
+        notes.insert(0, document["detail"])
+    sections.append(settings(document["plan"]))
+    name = device.get("name", document["plan"]["device"])
+    return Page(
+        title, f"{subtitle} · probe on {name}, {document['taken'][:10]}", tiles, sections, notes
+    )
+
+
+def _of_validate(subject: Subject) -> Page:
+    document = subject.document
+    rows = []
+    for one in document["results"]:
+        errors = {b["bucket"]: error_of(b) for b in one["comparison"] if b["when"] == "peak"}
+        plan = f"{headline(one['plan'])[0]} × {one['plan']['micro_batch']}"
+        shown = [
+            errors.get(name, "") for name in ("peak_allocated", "peak_reserved", "process_total")
+        ]
+        rows.append((plan, one["verdict"], *shown, "yes" if one["within"] else "no"))
+    good = sum(one["within"] for one in document["results"])
+    tolerance = f"{100 * document['tolerance']:g} %"
+    tiles = [
+        ("within " + tolerance, f"{good} of {len(rows)}", "good" if document["passed"] else "bad")
+    ]
+    head = ("plan", "verdict", "allocated", "reserved", "process", f"within {tolerance}")
+    note = "Estimated over measured, minus one."
+    return Page("Validation", f"{len(rows)} plans", tiles, [Grid("Plans", head, rows, note)])
+
+
+def _of_compare(subject: Subject) -> Page:
+    document = subject.document
+    plan, rows = document["plan"], document["rows"]
+    _, subtitle = headline(plan)
+    labels = [f"{row['method']} {row['rank'] or ''}".strip() for row in rows]
+    points = [
+        {
+            "name": name,
+            "x": row["total"],
+            "y": row["perplexity"],
+            "low": row["low"],
+            "high": row["high"],
+            "best": row["best"],
+            "exact": row["kind"] == "published",
+            "text": _point(name, row),
+        }
+        for name, row in zip(labels, rows, strict=True)
+        if row["perplexity"] is not None
+    ]
+    sections: list[Chart | Grid] = []
+    if points:
+        known = published.lineages().get(document["lineage"])
+        who = known.title if known else document["lineage"]
+        none = f"{len(rows) - len(points)} plans have none"
+        note = f"Perplexities of one group of papers, {who}; {none}."
+        sections.append(Chart("Memory against perplexity", "scatter", points, note))
+    stacks = [stack(name, row) for name, row in zip(labels, rows, strict=True)]
+    sections.append(bars("Memory of the process", stacks, "By role at each plan's own peak."))
+    sections.append(_comparison(labels, rows, timed=any(row["update_seconds"] for row in rows)))
+    least = min(range(len(rows)), key=lambda i: rows[i]["total"])
+    tiles = [("least memory", f"{labels[least]}: {gib(rows[least]['total'])}", "")]
+    best = min((one for one in points if one["best"]), key=lambda one: one["y"], default=None)
+    if best:
+        tiles.append(("lowest perplexity", f"{best['name']}: {best['y']:.2f}", ""))
+    if rows[0]["fits"] is not None:
+        fitting = sum(row["fits"] for row in rows)
+        tiles.append(
+            (f"fit {plan['gpu']}", f"{fitting} of {len(rows)}", "good" if fitting else "bad")
+        )
+    notes = [f"Left out {name}: {why}" for name, why in document["left_out"].items()]
+    return Page(f"{plan['model']} · {len(rows)} plans", subtitle, tiles, sections, notes)
+
+
+def _point(name: str, row: Mapping[str, Any]) -> str:
+    text = f"{name}: {row['total'] / GIB:.2f} GiB, perplexity {row['perplexity']:.2f}"
+    if row["high"] > row["low"]:
+        text += f" ({row['low']:.2f} to {row['high']:.2f})"
+    rate = row["tokens_per_second"]
+    return text + f", {row['kind']}" + (f", {quantity(rate)} tokens/s" if rate else "")
+
+
+def _comparison(labels: list[str], rows: Any, *, timed: bool) -> Grid:
+    sizes = ("weights", "gradients", "optimizer", "activations", "total")
+    shown = []
+    for name, row in zip(labels, rows, strict=True):
+        cells = [f"{name} *" if row["best"] else name, *(gib(row[size]) for size in sizes)]
+        if timed:
+            cells.append(quantity(row["tokens_per_second"] or 0))
+        perplexity = row["perplexity"]
+        shown.append((*cells, "unknown" if perplexity is None else f"{perplexity:.2f}"))
+    head = ("method", *sizes, *(["tokens/s"] if timed else []), "perplexity")
+    return Grid("Plans", head, shown, "* is on the Pareto front.")
+
+
+def _of_run(subject: Subject) -> Page:
+    document = subject.document
+    title, subtitle = headline(document["plan"])
+    rows, steps = subject.metrics, document["train"]["steps"]
+    done = rows[-1]["step"] if rows else 0
+    tiles = [("updates", f"{done:,} of {steps:,}", "good" if "seconds" in document else "")]
+    validation = document.get("validation")
+    if validation:
+        perplexity = f"{validation['perplexity']:.2f}"
+        tiles += [
+            ("validation loss", f"{validation['loss']:.4f}", ""),
+            ("perplexity", perplexity, ""),
+        ]
+    elif rows:
+        tiles.append(("loss", f"{rows[-1]['loss']:.4f}", ""))
+    if rows:
+        tiles.append(("tokens", quantity(rows[-1]["tokens"]), ""))
+    memory = document.get("memory")
+    if memory:
+        tiles += [("time", duration(document["seconds"]), "")]
+        tiles += [("peak, measured", gib(memory["measured_peak"]), "")]
+        tiles += [("peak, estimated", gib(memory["estimated"]), "")]
+    shown, notes = timelines(subject)
+    if memory:
+        notes.insert(0, f"The measured peak is {memory['meter']}.")
+    if not rows:
+        notes.insert(0, "No update is finished yet.")
+    every = settings({**document["plan"], **document["train"]})
+    return Page(
+        title, f"{subtitle} · run {subject.name}", tiles, [*curves([subject]), *shown, every], notes
+    )
+
+
+def _runs(subjects: Sequence[Subject]) -> Page:
+    rows = []
+    for one in subjects:
+        document, last = one.document, one.metrics[-1] if one.metrics else {}
+        validation = document.get("validation")
+        memory = document.get("memory")
+        rows.append(
+            (
+                one.name,
+                headline(document["plan"])[0],
+                f"{last.get('step', 0):,} of {document['train']['steps']:,}",
+                quantity(last.get("tokens", 0)),
+                f"{validation['perplexity']:.2f}" if validation else "",
+                gib(memory["measured_peak"]) if memory else "",
+            )
+        )
+    head = ("run", "plan", "updates", "tokens", "validation perplexity", "peak")
+    return Page(f"{len(subjects)} runs", "", (), [Grid("Runs", head, rows), *curves(subjects)])
+
+
+_PAGES = {
+    "train": _of_run,
+    "probe": _of_probe,
+    "validate": _of_validate,
+    "compare": _of_compare,
+    "trace": _of_trace,
+    "estimate": _of_estimate,
+    "snapshot": _of_snapshot,
+}
