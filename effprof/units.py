@@ -15,6 +15,7 @@ GB = 10**9
 
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _BINARY = {"kib": KIB, "mib": MIB, "gib": GIB, "tib": 2**40}
+_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 _NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
@@ -46,6 +47,14 @@ def parse_bytes(text: str, name: str) -> int:
             f"{name} {text!r} is not a size.", f"Type for example {name}=24GB or 22.5GiB."
         )
     return round(float(match[1]) * scale)
+
+
+def parse_duration(text: str, name: str) -> float:
+    """Seconds of a time such as ``90s``, ``30min`` or ``12h``. Raises UsageError."""
+    match = _NUMBER.fullmatch(text)
+    if match is None or match[2].lower() not in _SECONDS or not 0 < float(match[1]) < 1e9:
+        raise UsageError(f"{name} {text!r} is not a time.", f"Type for example {name} 12h.")
+    return float(match[1]) * _SECONDS[match[2].lower()]
 
 
 def gib(size: int, digits: int = 2) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import os
+import resource
 import shutil
 import signal
-import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -124,15 +123,15 @@ def test_resume_repeats_the_uninterrupted_losses(
 
 def _stop_after(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
     """Send this process a signal during an update, as a scheduler would."""
-    update = loop.Session._update
+    update = loop.Loop.update
 
-    def interrupted(self: loop.Session) -> dict[str, Any]:
-        metrics = update(self)
-        if self.step == step:
+    def interrupted(self: loop.Loop) -> Any:
+        pending = update(self)
+        if self.session.progress.step == step:
             os.kill(os.getpid(), number)
-        return metrics
+        return pending
 
-    monkeypatch.setattr(loop.Session, "_update", interrupted)
+    monkeypatch.setattr(loop.Loop, "update", interrupted)
 
 
 def test_ctrl_c_is_130(
@@ -141,32 +140,6 @@ def test_ctrl_c_is_130(
     _stop_after(2, monkeypatch, signal.SIGINT)
     assert train(tmp_path / "run", tiny, texts, "--steps", "9")[0] == 130
     assert (tmp_path / "run" / "checkpoint-00000002").is_dir()
-
-
-def test_kill_9_loses_nothing_saved(
-    tiny: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed outright in a process of its own: the run goes on from the newest checkpoint."""
-    out = tmp_path / "run"
-    arguments = ["train", "--model", tiny, "--data", str(texts), "--out", str(out), *SMALL]
-    arguments += ["--steps", "400", "--save-every", "3"]
-    child = subprocess.Popen(
-        [sys.executable, "-m", "effprof", *arguments], stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 60
-    while not list(out.glob("checkpoint-*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    child.kill()
-    child.wait()
-    before = losses(out)
-    found = checkpoint.newest(out)
-    assert found is not None
-    reached = found[1]["step"]
-    _stop_after(reached + 4, monkeypatch)
-    assert run_cli(*arguments, "--resume")[0] == 143
-    after = losses(out)
-    assert len(after) == reached + 4
-    assert after[: min(len(before), len(after))] == before[: len(after)]
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(tiny: str, texts: Path, tmp_path: Path) -> None:
@@ -194,24 +167,115 @@ def test_only_damaged_checkpoints_is_an_error(tiny: str, texts: Path, tmp_path: 
 def test_full_disk_keeps_the_older_checkpoint(
     tiny: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*arguments: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+    """The system itself refuses to write: no file may grow beyond a size."""
     more = ("--steps", "6", "--save-every", "3")
-    saved = checkpoint.save_file
-    calls: list[int] = []
+    capture = checkpoint.capture
 
-    def fails_later(*arguments: Any) -> None:
-        calls.append(1)
-        (saved if len(calls) <= 2 else full)(*arguments)
+    def fills(model: Any, optimizer: Any, state: Any, old: Any) -> Any:
+        if state["step"] == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
+        return capture(model, optimizer, state, old)
 
-    monkeypatch.setattr(checkpoint, "save_file", fails_later)
-    code, _, err = train(tmp_path / "run", tiny, texts, *more)
+    monkeypatch.setattr(checkpoint, "capture", fills)
+    try:
+        code, _, err = train(tmp_path / "run", tiny, texts, *more)
+    finally:
+        unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert code == 1
-    assert "No space left" in err
+    assert "Cannot write" in err
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert "checkpoint-00000003" in names
     assert not [name for name in names if name.startswith(".") or name == "model"]
+    monkeypatch.undo()
+    assert train(tmp_path / "run", tiny, texts, *more, "--resume")[0] == 0
+    assert train(tmp_path / "whole", tiny, texts, *more)[0] == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_the_loop_does_not_wait_for_the_disk(
+    tiny: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a checkpoint is being written the next updates run, and it holds none of them."""
+    flush, steps = checkpoint._flush, []
+    update, written = loop.Loop.update, threading.Event()
+
+    def slow(path: Path) -> None:
+        if not written.is_set() and "00000002" in str(path):
+            written.wait(30)
+        flush(path)
+
+    def watched(self: loop.Loop) -> Any:
+        pending = update(self)
+        steps.append(self.session.progress.step)
+        if self.session.progress.step == 5:
+            assert not (tmp_path / "run" / "checkpoint-00000002").exists()
+            written.set()
+        return pending
+
+    monkeypatch.setattr(checkpoint, "_flush", slow)
+    monkeypatch.setattr(loop.Loop, "update", watched)
+    more = ("--steps", "6", "--save-every", "7")
+    save_at = loop.Loop.between
+
+    def saves(self: loop.Loop) -> None:
+        save_at(self)
+        if self.session.progress.step == 2:
+            self.save()
+
+    monkeypatch.setattr(loop.Loop, "between", saves)
+    assert train(tmp_path / "run", tiny, texts, *more)[0] == 0
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert written.is_set()
+
+
+def test_checkpoints_that_stay(tiny: str, texts: Path, tmp_path: Path) -> None:
+    """The newest two, and the one of least validation loss, wherever it is."""
+    more = ("--steps", "12", "--save-every", "1", "--eval-every", "2", "--keep-best", "1")
+    assert train(tmp_path / "run", tiny, texts, *more, "--lr", "0.2", "--warmup", "0")[0] == 0
+    rows = [
+        json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().split("\n")[:-1]
+    ]
+    found = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
+    best = min(found, key=lambda step: found[step])
+    assert best < 11
+    names = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
+    assert names == {f"checkpoint-{step:08d}" for step in (best, 11, 12)}
+    code, _, err = train(tmp_path / "other", tiny, texts, "--steps", "2", "--keep-best", "1")
+    assert (code, "--eval-every" in err) == (2, True)
+
+
+def test_damaged_checkpoints_do_not_count_as_kept(tiny: str, texts: Path, tmp_path: Path) -> None:
+    """Passed over, they are set aside: the good ones must not be deleted in their favour."""
+    more = ("--steps", "8", "--save-every", "2", "--keep-last", "3")
+    assert train(tmp_path / "run", tiny, texts, *more)[0] == 0
+    for step in (6, 8):
+        state = tmp_path / "run" / f"checkpoint-{step:08d}" / "state.json"
+        state.write_text(state.read_text()[:-1])
+    more += ("--resume", "--time-limit", "0.001s")
+    code, _, err = train(tmp_path / "run", tiny, texts, *more)
+    names = {path.name for path in (tmp_path / "run").glob("*checkpoint-*")}
+    assert names == {
+        "checkpoint-00000004",
+        "damaged-checkpoint-00000006",
+        "damaged-checkpoint-00000008",
+    }
+    assert (code, "Time is up at step 4" in err) == (0, True)
+
+
+def test_time_limit_ends_with_a_checkpoint(
+    tiny: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ("--steps", "4000", "--time-limit", "2s")
+    begin = time.monotonic()
+    code, out, err = train(tmp_path / "run", tiny, texts, *more, "--json")
+    assert time.monotonic() - begin < 20
+    assert code == 0
+    reached = json.loads(out)["steps"]
+    assert (tmp_path / "run" / f"checkpoint-{reached:08d}").is_dir()
+    assert "--resume" in err
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert train(tmp_path / "other", tiny, texts, "--steps", "2", "--time-limit", "soon")[0] == 2
 
 
 def test_a_used_folder_is_never_overwritten(tiny: str, texts: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import typer
 
 from effprof.cli.flags import default_device, plan_from, read_table, refuse, with_plan_flags
 from effprof.errors import UsageError
+from effprof.units import parse_duration
 
 NAME = "train"
 EPILOG = """\b
@@ -53,6 +54,25 @@ def command(
     eval_every: Annotated[
         int | None, typer.Option(help="Updates between validations. [end only]", show_default=False)
     ] = None,
+    keep_last: Annotated[
+        int | None, typer.Option(help="Newest checkpoints to keep. [2]", show_default=False)
+    ] = None,
+    keep_best: Annotated[
+        int | None,
+        typer.Option(help="Checkpoints of least validation loss to keep. [0]", show_default=False),
+    ] = None,
+    on_nan: Annotated[
+        str | None,
+        typer.Option(help="A loss that is no number: stop, skip or rollback. [stop]"),
+    ] = None,
+    time_limit: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint and end with 0 in time: 90s, 30min, 12h.", metavar="TIME"),
+    ] = None,
+    log_norms: Annotated[
+        bool | None,
+        typer.Option("--log-norms", help="Log the norms of gradient and update."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")
     ] = False,
@@ -75,6 +95,11 @@ def command(
         "tokenizer": tokenizer,
         "save_every": save_every,
         "eval_every": eval_every,
+        "keep_last": keep_last,
+        "keep_best": keep_best,
+        "on_nan": on_nan,
+        "time_limit": None if time_limit is None else parse_duration(time_limit, "--time-limit"),
+        "log_norms": log_norms,
     }
     base = read_table(flags.get("config"), "train")
     given = {**base, **{key: value for key, value in given.items() if value is not None}}

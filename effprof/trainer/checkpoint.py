@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,44 +21,137 @@ from effprof.files import cannot_write, digest
 from effprof.trainer.optimizer import MethodOptimizer
 
 PREFIX = "checkpoint-"
+ASIDE = "damaged-"  # before the name of a checkpoint that was passed over
 _FILES = ("model.safetensors", "optimizer.safetensors")
 
 
-def save(
-    run: Path, model: nn.Module, optimizer: MethodOptimizer, state: Mapping[str, Any], keep: int
-) -> Path:
-    """Write checkpoint ``state["step"]`` of a run and delete all but the ``keep`` newest.
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the ``last`` newest, and the ``best`` of least validation loss."""
+
+    last: int = 2
+    best: int = 0
+
+    @property
+    def most(self) -> int:
+        """How many there are at once, the one being written included."""
+        return self.last + self.best + 1
+
+
+@dataclass
+class Snapshot:
+    """A run at one instant, in host memory; ``files`` are tensors by file name.
+
+    On a GPU the copies are under way until ``ready`` is over.
+    """
+
+    files: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    document: dict[str, Any] = field(default_factory=dict)
+    ready: torch.cuda.Event | None = None
+
+
+@torch.no_grad()
+def capture(
+    model: nn.Module, optimizer: MethodOptimizer, state: Mapping[str, Any], old: Snapshot
+) -> Snapshot:
+    """Copy what a checkpoint holds, into the memory of an ``old`` one where shapes agree.
+
+    On a GPU it only queues the copies: the next update's kernels come after them.
+    """
+    tensors, table = _flatten(optimizer.state_dict())
+    tensors |= {f"rng.{kind}": value for kind, value in _random_states(model).items()}
+    document = json.loads(json.dumps({**state, "optimizer": table}))
+    snapshot = Snapshot(document=document)
+    for name, current in zip(_FILES, (native_tensors(model), tensors), strict=True):
+        before = old.files.get(name, {})
+        snapshot.files[name] = {key: _copied(t, before.get(key)) for key, t in current.items()}
+    if any(t.is_cuda for t in model.parameters()):
+        snapshot.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        snapshot.ready.record()
+    return snapshot
+
+
+def _copied(tensor: Tensor, before: Tensor | None) -> Tensor:
+    if before is None or before.shape != tensor.shape or before.dtype != tensor.dtype:
+        before = torch.empty(
+            tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda
+        )
+    return before.copy_(tensor, non_blocking=tensor.is_cuda)
+
+
+def _random_states(model: nn.Module) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if any(parameter.is_cuda for parameter in model.parameters()):
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def write(run: Path, snapshot: Snapshot, keep: Keep) -> Path:
+    """Write a snapshot as checkpoint ``step`` of a run, then delete what ``keep`` does not name.
 
     The folder is written under a temporary name, flushed and renamed. Raises EffprofError when it
     cannot be written; older checkpoints stay.
     """
-    final = run / f"{PREFIX}{state['step']:08d}"
+    if snapshot.ready is not None:
+        snapshot.ready.synchronize()
+    final = place(run, snapshot.document["step"])
     temporary = run / f".{final.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        save_file(_contiguous(native_tensors(model)), temporary / _FILES[0])
-        tensors, table = _flatten(optimizer.state_dict())
-        save_file(_contiguous({**tensors, "rng": torch.get_rng_state()}), temporary / _FILES[1])
+        for name, tensors in snapshot.files.items():
+            save_file(tensors, temporary / name)
         sums = {name: digest(temporary / name) for name in _FILES}
-        document = {**state, "optimizer": table, "sha256": sums}
+        document = {**snapshot.document, "sha256": sums}
         document["sha256"]["state"] = _state_digest(document)
         (temporary / "state.json").write_text(json.dumps(document), encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
             _flush(path)
-        aside = run / f".{final.name}.old"
-        if final.exists():  # a resumed run that reached the same step again
-            final.rename(aside)
         temporary.rename(final)
         _flush(run)
-        shutil.rmtree(aside, ignore_errors=True)
     except (OSError, SafetensorError) as problem:
         shutil.rmtree(temporary, ignore_errors=True)
         raise cannot_write(final, problem) from None
     leftovers = run.glob(f".{PREFIX}*")  # of processes that were killed while they wrote
-    for old in (*_found(run)[keep:], *leftovers):
+    for old in (*_surplus(run, keep), *leftovers):
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def set_aside(run: Path, step: int) -> None:
+    """Rename checkpoints beyond ``step``: they are damaged, and not to be counted as kept.
+
+    Raises EffprofError.
+    """
+    for path in _found(run):
+        if path.name > place(run, step).name:
+            aside = run / f"{ASIDE}{path.name}"
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+            except OSError as problem:
+                raise cannot_write(aside, problem) from None
+
+
+def place(run: Path, step: int) -> Path:
+    """The folder of a run's checkpoint of that step."""
+    return run / f"{PREFIX}{step:08d}"
+
+
+def _surplus(run: Path, keep: Keep) -> list[Path]:
+    """Checkpoints that are neither among the newest nor among the best."""
+    older = _found(run)[keep.last :]
+    losses = {path: loss for path in _found(run) if (loss := _validation_loss(path)) is not None}
+    best = sorted(losses, key=lambda path: (losses[path], path))[: keep.best]
+    return [path for path in older if path not in best]
+
+
+def _validation_loss(path: Path) -> float | None:
+    try:
+        found = json.loads((path / "state.json").read_text(encoding="utf-8"))["validation_loss"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, float) else None
 
 
 def newest(
@@ -69,11 +163,14 @@ def newest(
     good.
     """
     found = _found(run)
+    damaged: list[Path] = []
     for path in found:
         state = _checked(path)
         if state is not None:
+            for one in damaged:
+                on_damaged(one)
             return path, state
-        on_damaged(path)
+        damaged.append(path)
     if found:
         raise EffprofError(
             f"Every checkpoint in {str(run)!r} is damaged.",
@@ -93,7 +190,9 @@ def restore(
     if optimizer is None:
         return
     tensors = load_file(path / _FILES[1])
-    torch.set_rng_state(tensors.pop("rng"))
+    torch.set_rng_state(tensors.pop("rng.cpu"))
+    if "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors.pop("rng.cuda"))
     table = dict(state["optimizer"])
     values: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -122,10 +221,6 @@ def native_tensors(model: nn.Module) -> dict[str, Tensor]:
     persistent = model.state_dict().keys()
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: tensor.detach() for name, tensor in named.items() if name in persistent}
-
-
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

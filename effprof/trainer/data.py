@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,20 @@ class Batch:
     positions: Tensor | None
     targets: int
     real_tokens: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device; from pinned memory the host does not wait for it."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The same in page-locked memory."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        ids = change(self.ids)
+        labels = ids if self.labels is self.ids else change(self.labels)
+        positions = None if self.positions is None else change(self.positions)
+        return Batch(ids, labels, positions, self.targets, self.real_tokens)
 
 
 class Rows:

@@ -14,19 +14,35 @@ class Log:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._file: Any = None
 
     def __enter__(self) -> Log:
-        try:
-            self._file = open(self.path, "ab", buffering=0)
-        except OSError as problem:
-            raise cannot_write(self.path, problem) from None
+        self._open()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
+        self._file = None
+
+    def _open(self) -> None:
+        try:
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - until __exit__
+        except OSError as problem:
+            raise cannot_write(self.path, problem) from None
+
+    def cut(self, last_step: int) -> None:
+        """Drop rows after ``last_step``: beyond the checkpoint, they will be written again."""
+        if not self.path.exists():
+            return
+        kept = [row for row in whole_rows(self.path) if json.loads(row)["step"] <= last_step]
+        write_whole(self.path, "".join(f"{row}\n" for row in kept))
+        if self._file is not None:  # the file of that name is another one now
+            self._file.close()
+            self._open()
 
     def append(self, row: dict[str, Any]) -> None:
-        """Raises EffprofError where the disk refuses."""
+        """A number that is none becomes null. Raises EffprofError where the disk refuses."""
+        row = {key: None if value != value else value for key, value in row.items()}
         try:
             self._file.write((json.dumps(row) + "\n").encode())
         except OSError as problem:
@@ -43,10 +59,3 @@ def whole_rows(path: Path) -> list[str]:
             break
         found.append(row)
     return found
-
-
-def cut(path: Path, last_step: int) -> None:
-    """Drop rows after ``last_step``: beyond the checkpoint, they will be written again."""
-    if path.exists():
-        kept = [row for row in whole_rows(path) if json.loads(row)["step"] <= last_step]
-        write_whole(path, "".join(f"{row}\n" for row in kept))

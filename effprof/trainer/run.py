@@ -17,14 +17,15 @@ from effprof.errors import EffprofError, UsageError, unknown
 from effprof.files import to_toml, write_whole
 from effprof.model import nearest_size
 from effprof.plan import Plan, flag
-from effprof.trainer import checkpoint, schedule
+from effprof.trainer import checkpoint, guard, schedule
+from effprof.trainer.checkpoint import Keep
 
 
 @dataclass(frozen=True)
 class Run:
     """One training run. ``steps`` are optimizer updates; ``lr`` is the peak; ``clip`` 0 is off.
 
-    ``save_every`` and ``eval_every`` 0 mean only at the end.
+    ``save_every`` and ``eval_every`` 0 mean only at the end, ``time_limit`` (seconds) 0 none.
     """
 
     plan: Plan
@@ -37,8 +38,18 @@ class Run:
     seed: int = 0
     data: str | None = None
     tokenizer: str | None = None
+    on_nan: str = "stop"
     save_every: int = 0
     eval_every: int = 0
+    keep_last: int = 2
+    keep_best: int = 0
+    time_limit: float = 0.0
+    log_norms: bool = False
+
+    @property
+    def keep(self) -> Keep:
+        """Which checkpoints stay."""
+        return Keep(self.keep_last, self.keep_best)
 
     def table(self) -> dict[str, Any]:
         """The ``[train]`` table of run.toml."""
@@ -46,7 +57,7 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run that was."""
-        train = {k: v for k, v in self.table().items() if k not in ("save_every", "eval_every")}
+        train = {k: v for k, v in self.table().items() if k not in _HABITS}
         return {"plan": self.plan.as_dict(), "train": train}
 
     def write(self) -> None:
@@ -59,8 +70,11 @@ class Run:
 
 
 _TRAIN_FIELDS = tuple(f.name for f in dataclasses.fields(Run) if f.name not in ("plan", "out"))
-_WHOLE = ("steps", "warmup", "seed", "save_every", "eval_every")
-_REAL = ("lr", "clip")
+_WHOLE = ("steps", "warmup", "seed", "save_every", "eval_every", "keep_last", "keep_best")
+_REAL = ("lr", "clip", "time_limit")
+_SWITCHES = ("log_norms",)
+# What a run may be resumed with another value of: no loss depends on it.
+_HABITS = ("save_every", "eval_every", "keep_last", "keep_best", "time_limit", "log_norms")
 
 
 def make(plan: Plan, out: Path, given: Mapping[str, Any]) -> Run:
@@ -71,13 +85,13 @@ def make(plan: Plan, out: Path, given: Mapping[str, Any]) -> Run:
     lr = values.pop("lr", default_lr(plan))
     warmup = values.pop("warmup", steps // 10)
     run = Run(plan, out, steps, lr, warmup, **values)
-    for name in ("steps", "lr"):
+    for name in ("steps", "lr", "keep_last"):
         if getattr(run, name) <= 0:
             raise UsageError(
-                f"--{name} must be positive, not {getattr(run, name)}.",
+                f"{flag(name)} must be positive, not {getattr(run, name)}.",
                 "Leave it out for a default.",
             )
-    for name in ("warmup", "clip", "save_every", "eval_every", "seed"):
+    for name in ("clip", "time_limit", *_WHOLE):
         if getattr(run, name) < 0:
             raise UsageError(
                 f"{flag(name)} must not be negative, not {getattr(run, name)}.",
@@ -88,9 +102,25 @@ def make(plan: Plan, out: Path, given: Mapping[str, Any]) -> Run:
             f"--warmup {run.warmup} is longer than the run of {run.steps} steps.",
             f"Type --warmup {run.steps // 10}.",
         )
-    if run.schedule not in schedule.NAMES:
-        raise unknown("--schedule", run.schedule, schedule.NAMES)
+    for name, known in (("schedule", schedule.NAMES), ("on_nan", guard.ON_NAN)):
+        if getattr(run, name) not in known:
+            raise unknown(flag(name), getattr(run, name), known)
+    _check_habits(run)
     return run
+
+
+def _check_habits(run: Run) -> None:
+    """Raise UsageError for a setting that would do nothing, or cannot be done."""
+    if run.keep_best and not run.eval_every:
+        raise UsageError(
+            f"--keep-best {run.keep_best} has no effect without validations.",
+            "Add --eval-every 100, or leave --keep-best out.",
+        )
+    if run.on_nan == "skip" and run.plan.per_layer_update:
+        raise UsageError(
+            "--on-nan skip does not go with --per-layer-update: the weights have moved by then.",
+            "Use --on-nan rollback.",
+        )
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -102,10 +132,13 @@ def _checked(name: str, value: Any) -> Any:
         good = number and isinstance(value, int) and abs(value) < 2**31
     elif name in _REAL:
         good = number and math.isfinite(value)
+    elif name in _SWITCHES:
+        good = isinstance(value, bool)
     else:
         good = isinstance(value, str) and value != ""
     if not good:
         kind = "whole number" if name in _WHOLE else "number" if name in _REAL else "text"
+        kind = "true or false" if name in _SWITCHES else kind
         raise UsageError(f"{flag(name)} cannot be {value!r}.", f"Give a {kind}.")
     return value
 
@@ -165,7 +198,8 @@ def open_folder(run: Run, *, resume: bool) -> tuple[Path, dict[str, Any]] | None
     nearest = next(path for path in (run.out, *run.out.absolute().parents) if path.exists())
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise EffprofError(f"The folder {str(nearest)!r} cannot be written.", "Give another --out.")
-    used = run.out.is_dir() and any(run.out.iterdir())
+    # What begins with a dot is of a process that was killed before anything was whole.
+    used = run.out.is_dir() and any(one.name[0] != "." for one in run.out.iterdir())
     if used and not resume:
         raise UsageError(
             f"The folder {str(run.out)!r} is not empty.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -24,7 +25,8 @@ def training_step(
     micro_batches: Sequence[Batch],
     plan: Plan,
     *,
-    clip: float = 0.0,
+    before_update: Callable[[Tensor], bool] = lambda loss: True,
+    scaler: torch.amp.GradScaler | None = None,
     on_phase: Callable[[str], None] = lambda phase: None,
     run: MicroStep | None = None,
 ) -> Tensor:
@@ -32,8 +34,10 @@ def training_step(
 
     Returns the loss, a mean over every target of the update, without a sync.
 
-    Each micro-batch weighs by its targets, so accumulation equals one large batch. ``on_phase`` is
-    told forward, backward and update as they begin. ``run`` stands in for ``micro_step``.
+    Each micro-batch weighs by its targets, so accumulation equals one large batch.
+    ``before_update`` is called with the loss when all gradients are there (unscaled where a
+    ``scaler`` scaled the loss), and says whether to update. ``on_phase`` is told forward, backward
+    and update as they begin. ``run`` stands in for ``micro_step``.
     """
     micro_batches = [batch for batch in micro_batches if batch.targets]
     targets = sum(batch.targets for batch in micro_batches)
@@ -41,17 +45,21 @@ def training_step(
         raise EffprofError(
             "An update's rows hold nothing to predict.", "Use a longer --seq-len or other --rows."
         )
+    run = run or functools.partial(micro_step, scaler=scaler)
     total: Tensor | None = None
     for batch in micro_batches:
-        loss = (run or micro_step)(model, batch, plan, batch.targets / targets, on_phase)
+        loss = run(model, batch, plan, batch.targets / targets, on_phase)
         total = loss if total is None else total + loss
         del loss
     on_phase("update")
-    if clip:
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=plan.zero_grad == "none")
     assert total is not None
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    if before_update(total):
+        scaler.step(optimizer) if scaler is not None else optimizer.step()
+    if scaler is not None:
+        scaler.update()
+    optimizer.zero_grad(set_to_none=plan.zero_grad == "none")
     return total
 
 
@@ -59,11 +67,16 @@ MicroStep = Callable[[nn.Module, Batch, Plan, float, Callable[[str], None]], Ten
 
 
 def micro_step(
-    model: nn.Module, batch: Batch, plan: Plan, share: float, on_phase: Callable[[str], None]
+    model: nn.Module,
+    batch: Batch,
+    plan: Plan,
+    share: float,
+    on_phase: Callable[[str], None],
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
     """Forward and backward of one micro-batch, whose loss counts for ``share`` of the update's.
 
-    Returns that part of the loss.
+    Returns that part of the loss, not scaled.
     """
     on_phase("forward")
     output = forward(model, batch, plan)
@@ -73,7 +86,7 @@ def micro_step(
     kept = output if plan.keep_logits else None
     del output
     on_phase("backward")
-    backward(loss, plan)
+    backward(loss if scaler is None else scaler.scale(loss), plan)
     del kept
     return cast("Tensor", loss.detach())
 

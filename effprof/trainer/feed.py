@@ -1,0 +1,102 @@
+"""Micro-batches made ready beside the training, and where in the data the used ones end."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from effprof.trainer.data import Batch
+
+_AHEAD = 4  # updates
+
+
+class Source(Protocol):
+    """What micro-batches come from, in host memory; its state is JSON."""
+
+    def next(self) -> Batch: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+
+
+@dataclass(slots=True)
+class Drawn:
+    """The micro-batches of one update, the state after them, and the seconds waited for them."""
+
+    batches: list[Batch]
+    state: dict[str, Any]
+    waited: float
+
+
+class Feed:
+    """Draws each update's ``count`` micro-batches in a thread, a few updates ahead.
+
+    Its state is that of what was used, not of what was drawn ahead.
+    """
+
+    def __init__(self, source: Source, count: int, device: torch.device) -> None:
+        self.source, self.count, self.device = source, count, device
+        self.used = source.state_dict()
+        self._thread: threading.Thread | None = None
+
+    def next(self) -> Drawn:
+        """The next update's micro-batches on the device. Raises what reading the data raised."""
+        if self._thread is None:
+            self._start()
+        began = time.perf_counter()
+        found = self._ready.get()
+        waited = time.perf_counter() - began
+        if isinstance(found, BaseException):
+            self.close()
+            raise found
+        batches, self.used = found
+        return Drawn([batch.to(self.device) for batch in batches], self.used, waited)
+
+    def skip(self) -> None:
+        """Draw the next update's micro-batches and leave them out."""
+        self.next()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.used
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.close()
+        self.source.load_state_dict(state)
+        self.used = state
+
+    def close(self) -> None:
+        """End the thread; what it drew ahead is lost, and drawn again after a restored state."""
+        if self._thread is not None:
+            self._ended.set()
+            self._thread.join()
+            self._thread = None
+
+    def _start(self) -> None:
+        self._ready: queue.Queue[Any] = queue.Queue(_AHEAD)
+        self._ended = threading.Event()
+        arguments = (self._ready, self._ended)
+        self._thread = threading.Thread(target=self._draw, args=arguments, daemon=True, name="data")
+        self._thread.start()
+
+    def _draw(self, ready: queue.Queue[Any], ended: threading.Event) -> None:
+        found: Any = None
+        while not ended.is_set():
+            try:
+                if found is None:
+                    batches = [self.source.next() for _ in range(self.count)]
+                    if self.device.type == "cuda":
+                        batches = [batch.pinned() for batch in batches]
+                    found = batches, self.source.state_dict()
+            except BaseException as problem:  # noqa: BLE001 - raised again where it is used
+                found = problem
+            try:
+                ready.put(found, timeout=0.05)
+            except queue.Full:
+                continue
+            if isinstance(found, BaseException):
+                return
+            found = None

@@ -1,0 +1,66 @@
+"""What becomes of each update's numbers: judged, put into metrics.jsonl, shown."""
+
+from __future__ import annotations
+
+from math import nan
+from typing import Any
+
+from effprof.report.live import LiveLine
+from effprof.trainer import guard, metrics
+from effprof.trainer.pending import Pending
+from effprof.trainer.session import Session
+
+
+class Ledger:
+    """Writes one row per update, and keeps the batches of those that went wrong."""
+
+    def __init__(self, session: Session, live: LiveLine) -> None:
+        self.session, self.live = session, live
+        self.log = metrics.Log(session.run.out / "metrics.jsonl")
+        self.waited = 0.0  # seconds without data
+        self.seconds = 0.0  # of all updates
+        self._ready = 0.0  # when the last update's numbers were there
+
+    def read(self, pending: Pending) -> tuple[dict[str, Any], str]:
+        """An update's row, and what is wrong with it: ``nan``, ``spike`` or nothing.
+
+        Waits for the device to have the numbers, which it has had since the update after.
+        """
+        session = self.session
+        numbers = pending.read()
+        verdict = session.guard.judge(numbers)
+        seconds = pending.ended - max(self._ready, pending.began)
+        self._ready = pending.ended
+        self.waited += pending.known["data_seconds"]
+        self.seconds += seconds
+        positions = session.plan.global_batch * session.plan.seq_len
+        row = {
+            **pending.known,
+            **numbers,
+            "tokens_per_second": positions / seconds,
+            "seconds": seconds,
+            "memory": session.machine.now(),
+            "memory_peak": session.machine.peak(),
+            "mfu": session.machine.mfu(session.expected.flops.dense_equivalent / seconds),
+        }
+        if verdict:
+            row["verdict"] = verdict
+            self._keep(pending, row, verdict)
+        return row, verdict
+
+    def _keep(self, pending: Pending, row: dict[str, Any], verdict: str) -> None:
+        """Record what an update went wrong on, and say so."""
+        session = self.session
+        if session.world.writes:
+            names = ("loss", "grad_norm", "lr", "tokens")
+            numbers = {name: row[name] for name in names if row.get(name, nan) == row.get(name)}
+            numbers["draw"] = pending.draw
+            path = guard.record(session.run.out, row["step"], verdict, numbers, pending.batches)
+            what = "no number" if verdict == "nan" else "far above the last ones"
+            self.live.note(f"step {row['step']}: loss {row['loss']:.4g} is {what}; batch in {path}")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row, and show it."""
+        if self.session.world.writes:
+            self.log.append(row)
+            self.live.show(row)

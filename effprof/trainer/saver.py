@@ -1,0 +1,57 @@
+"""Checkpoints written beside the training: the loop copies, a thread writes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from effprof.trainer import checkpoint
+from effprof.trainer.checkpoint import Keep, Snapshot
+from effprof.trainer.optimizer import MethodOptimizer
+
+
+class Saver:
+    """Writes a run's checkpoints, one at a time.
+
+    ``save`` waits only for the one before it; ``check``, ``save`` and ``wait`` raise EffprofError
+    for a write that failed. ``seconds`` is the longest that one took.
+    """
+
+    def __init__(self, run: Path, keep: Keep) -> None:
+        self.run, self.keep = run, keep
+        self.seconds = 0.0
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+        self._buffers = Snapshot()
+
+    def save(self, model: nn.Module, optimizer: MethodOptimizer, state: Mapping[str, Any]) -> Path:
+        """Copy the run as it is now and begin to write it; the place it will have."""
+        self.wait()
+        self._buffers = checkpoint.capture(model, optimizer, state, self._buffers)
+        self._writing = self._thread.submit(self._write, self._buffers)
+        return checkpoint.place(self.run, state["step"])
+
+    def _write(self, snapshot: Snapshot) -> None:
+        began = time.monotonic()
+        checkpoint.write(self.run, snapshot, self.keep)
+        self.seconds = max(self.seconds, time.monotonic() - began)
+
+    def check(self) -> None:
+        """Hear of a write that failed, without waiting for one under way."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until what was saved is on the disk."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """End the thread, whatever became of its work."""
+        self._thread.shutdown(wait=True)

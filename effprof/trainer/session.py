@@ -1,0 +1,147 @@
+"""What one process of a run holds: model, optimizer, data, and how far they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from effprof.errors import EffprofError
+from effprof.estimator.estimate import Estimate
+from effprof.files import write_folder
+from effprof.measure.device import DeviceMeter
+from effprof.trainer import checkpoint, schedule
+from effprof.trainer.build import build
+from effprof.trainer.corpus import FileCorpus, corpus
+from effprof.trainer.data import Batches, Rows, StreamBatches, rows
+from effprof.trainer.feed import Drawn, Feed, Source
+from effprof.trainer.guard import Guard
+from effprof.trainer.optimizer import MethodOptimizer
+from effprof.trainer.run import Run
+from effprof.trainer.tokenizer import tokenizer
+from effprof.trainer.world import World
+
+_HOST = torch.device("cpu")
+
+
+@dataclass
+class Progress:
+    """How far a run is. ``draws`` counts updates drawn from the data, ``dropped`` names those
+    whose batches are left out since they made a loss no number.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    real_tokens: int = 0
+    draws: int = 0
+    dropped: list[int] = field(default_factory=list)
+    validation_loss: float | None = None  # of these very weights
+    best: float | None = None
+
+
+class Session:
+    """One process's part of a run."""
+
+    def __init__(
+        self, run: Run, device: torch.device, expected: Estimate, machine: DeviceMeter
+    ) -> None:
+        self.run, self.plan, self.device = run, run.plan, device
+        self.expected, self.machine = expected, machine
+        self.world = World()
+        texts = corpus(run.data)
+        self.fingerprint = texts.fingerprint()
+        kept = run.out / "tokenizer"  # ids mean what they meant, whatever becomes of the data
+        self.tokenizer = tokenizer(
+            texts, self.plan.architecture.vocab, str(kept) if kept.is_dir() else run.tokenizer
+        )
+        source: Source
+        self.validation: Rows | StreamBatches
+        if isinstance(texts, FileCorpus):
+            train_rows = rows(texts, self.tokenizer, self.plan, "train")
+            source = Batches(train_rows, self.plan, run.seed, _HOST)
+            self.validation = rows(texts, self.tokenizer, self.plan, "validation")
+        else:
+            source = StreamBatches(texts, self.tokenizer, self.plan, "train", _HOST)
+            self.validation = StreamBatches(texts, self.tokenizer, self.plan, "validation", device)
+        self.feed = Feed(source, self.plan.grad_accum, device)
+        if self.world.writes:
+            run.write()  # nothing is written for data that cannot be trained on
+            if not kept.is_dir():
+                write_folder(kept, self.tokenizer.save_pretrained)
+        machine.begin()
+        self.model: nn.Module
+        self.optimizer: MethodOptimizer
+        self.model, self.optimizer = build(self.plan, str(device), lr=run.lr, seed=run.seed)
+        self.optimizer.clock.total_updates = run.steps
+        self.guard = Guard()
+        self.progress = Progress()
+
+    def next_batches(self) -> Drawn:
+        """The next update's micro-batches, those dropped left out."""
+        progress = self.progress
+        while True:
+            drawn = self.feed.next()
+            progress.draws += 1
+            if progress.draws not in progress.dropped:
+                return drawn
+
+    def set_lr(self) -> float:
+        """Give the optimizer this update's learning rate; what it is with the method's factor."""
+        run = self.run
+        lr = run.lr * schedule.factor(run.schedule, self.progress.step, run.warmup, run.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr * self.optimizer.lr_factor()
+
+    def advance(self, drawn: Drawn) -> None:
+        """Count an update on these micro-batches."""
+        self.progress.step += 1
+        self.progress.validation_loss = None
+        self.progress.tokens += self.plan.global_batch * self.plan.seq_len
+        self.progress.real_tokens += sum(batch.real_tokens for batch in drawn.batches)
+
+    def validated(self, loss: float) -> None:
+        """Remember a validation loss of the weights as they are."""
+        progress = self.progress
+        progress.validation_loss = loss
+        progress.best = loss if progress.best is None else min(loss, progress.best)
+
+    def improved(self) -> bool:
+        """Whether the weights as they are have the least validation loss so far."""
+        progress = self.progress
+        return progress.validation_loss is not None and progress.validation_loss == progress.best
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors: JSON."""
+        return {
+            **dataclasses.asdict(self.progress),
+            "data": self.feed.state_dict(),
+            "losses": self.guard.losses,
+            "corpus": self.fingerprint,
+            "run": self.run.identity(),
+        }
+
+    def restore(self, path: Path, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint: weights, optimizer, random state, place in the data."""
+        if state["corpus"] != self.fingerprint:
+            raise EffprofError(
+                f"The data of {str(self.run.out)!r} has changed since step {state['step']}.",
+                "Put the old files back, or start again with another --out.",
+            )
+        checkpoint.restore(path, state, self.model, self.optimizer)
+        self.feed.load_state_dict(state["data"])
+        self.guard.losses = list(state["losses"])
+        names = (one.name for one in dataclasses.fields(Progress))
+        self.progress = Progress(**{name: state[name] for name in names})
+
+    def finite(self) -> bool:
+        """Whether every weight is a number."""
+        sizes = [p.detach() for p in self.model.parameters() if p.is_floating_point()]
+        return bool(torch.stack([one.isfinite().all() for one in sizes]).all())
+
+    def close(self) -> None:
+        self.feed.close()

@@ -1,0 +1,44 @@
+"""Why a run ends before its last step: a signal, or the time it was given."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+_SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
+
+
+class Stop:
+    """Remembers SIGINT, SIGTERM and SIGUSR1 until the step is finished, and watches the clock.
+
+    ``limit`` is seconds from now, None for no limit. ``code`` is the exit code: 130 or 143 after a
+    signal, 0 where the time is up.
+    """
+
+    def __init__(self, limit: float | None = None) -> None:
+        self.code = 0
+        self._ends = None if limit is None else time.monotonic() + limit
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        for number in _SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.code = _SIGNALS[signal.Signals(number)]
+        self.__exit__()  # a second signal does what it always did
+
+    def wanted(self, needed: float = 0.0) -> bool:
+        """Whether to stop now, where what is still to do takes ``needed`` seconds."""
+        return bool(self.code) or self.late(needed)
+
+    def late(self, needed: float = 0.0) -> bool:
+        """Whether less than ``needed`` seconds are left."""
+        return self._ends is not None and time.monotonic() + needed >= self._ends
