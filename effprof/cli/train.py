@@ -76,6 +76,10 @@ def command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check everything, print its cost, start nothing."),
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Start even if the estimate does not fit.")
     ] = False,
@@ -115,6 +119,18 @@ def command(
     from effprof.trainer.run import make
 
     run = make(plan, folder, given)
+
+    if dry_run:
+        from effprof.trainer.preflight import dry_run as check
+
+        found = check(run, resume=resume, force=force)
+        if as_json:
+            print(json.dumps(found))
+        else:
+            from effprof.report.dry_run import show_dry_run
+
+            show_dry_run(found)
+        return 0
 
     from effprof.trainer.loop import train
 

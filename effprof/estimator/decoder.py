@@ -87,7 +87,7 @@ class Decoder:
         rng_bytes = CPU_RNG_STATE if self.plan.device == "cpu" else 0
         for index in range(shape.layers):
             layer = _Layer(self, index, cos, sin, mask, positions)
-            if self.plan.checkpointing == "full":
+            if self.plan.checkpointing == "full" and graph.recording:
                 hidden = graph.checkpoint(layer.forward, hidden, self.casts.clear, rng_bytes)
             else:
                 hidden = layer.forward(hidden)

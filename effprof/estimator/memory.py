@@ -89,6 +89,17 @@ def synthesize(step: Step, gpu: Gpu = DEFAULT) -> Tape:
     return tape
 
 
+def evaluation(step: Step, gpu: Gpu = DEFAULT) -> Memory:
+    """Memory of a validation batch of the plan's rows, after an update."""
+    with no_collector():
+        tape = Tape()
+        graph = Graph(tape, on_cpu=step.plan.device == "cpu")
+        run = Run(graph, step, gpu)
+        run.evaluate()
+        graph.close()
+        return measure(step.plan, tape, gpu)
+
+
 @contextmanager
 def no_collector() -> Iterator[None]:
     """Values are freed by reference counts alone: the cycle collector would only cost time."""

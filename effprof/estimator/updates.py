@@ -98,6 +98,23 @@ class Run:
             for _, leaf in self._parameters():
                 leaf.gradient = None
 
+    def evaluate(self) -> None:
+        """A validation batch between updates: states are held, nothing is kept for a backward."""
+        graph = self.graph
+        self.number = 1
+        self._activate()
+        for cell in self.cells:
+            if cell.active:
+                self._allocate_state(cell)
+        for value, leaf in self._parameters() if self.plan.zero_grad == "zero" else ():
+            if value.needs_grad:
+                leaf.gradient = graph.allocate(value.numel, value.itemsize, leaf.label, "gradients")
+        graph.tape.mark("evaluation", "forward")
+        graph.recording = False
+        ids = graph.allocate(self.plan.positions, 8, "input_ids", "activations")
+        loss, logits = self.decoder.forward(ids, ids)
+        del loss, logits, ids
+
     def _activate(self) -> None:
         """Let those tensors need a gradient that this update trains; free states left behind."""
         recipe = self.plan.recipe

@@ -34,6 +34,15 @@ class FileCorpus:
         rows = [(str(f), s.st_size, s.st_mtime_ns) for f in self.files for s in [f.stat()]]
         return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
 
+    def check(self) -> dict[str, Any]:
+        """Read the first document of every file; how many files and bytes there are.
+
+        Raises EffprofError for one that cannot be read.
+        """
+        for path in self.files:
+            next(self._guarded(path), None)
+        return {"files": len(self.files), "bytes": sum(f.stat().st_size for f in self.files)}
+
     def documents(self, split: str) -> Iterator[str]:
         """The documents of ``train`` or ``validation``.
 
@@ -61,15 +70,19 @@ class FileCorpus:
 
     def _all(self) -> Iterator[str]:
         for path in self.files:
-            try:
-                yield from _read(path)
-            except (OSError, EOFError, UnicodeDecodeError, ValueError) as problem:
-                if isinstance(problem, EffprofError):
-                    raise
-                raise EffprofError(
-                    f"Cannot read {str(path)!r}: {problem}.",
-                    "Repair the file or leave it out of --data.",
-                ) from None
+            yield from self._guarded(path)
+
+    def _guarded(self, path: Path) -> Iterator[str]:
+        """One file's documents. Raises EffprofError where it cannot be read."""
+        try:
+            yield from _read(path)
+        except (OSError, EOFError, UnicodeDecodeError, ValueError) as problem:
+            if isinstance(problem, EffprofError):
+                raise
+            raise EffprofError(
+                f"Cannot read {str(path)!r}: {problem}.",
+                "Repair the file or leave it out of --data.",
+            ) from None
 
 
 class DatasetCorpus:
@@ -81,6 +94,21 @@ class DatasetCorpus:
     def fingerprint(self) -> str:
         """A stream is known by its name alone."""
         return self.name.replace("/", "--")
+
+    def check(self) -> dict[str, Any]:
+        """Read the first row of the training split. Raises EffprofError where that fails."""
+        try:
+            row = next(iter(self.stream("train")), None)
+        except (OSError, RuntimeError, ValueError) as problem:
+            if isinstance(problem, EffprofError):
+                raise
+            raise EffprofError(
+                f"The dataset {self.name!r} cannot be read: {type(problem).__name__}.",
+                "Check the network.",
+            ) from None
+        if row is None or not isinstance(row.get("text"), str):
+            raise EffprofError(f"The dataset {self.name!r} has no column 'text'.", "Give another.")
+        return {"files": None, "bytes": None}
 
     def stream(self, split: str) -> Any:
         """The streaming dataset of a split. Raises EffprofError where it cannot be loaded."""

@@ -4,59 +4,154 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
+import psutil
 import torch
 
+from effprof import gpus
 from effprof.errors import DoesNotFitError, EffprofError
 from effprof.estimator.estimate import Estimate, estimate
+from effprof.estimator.memory import evaluation
 from effprof.measure.device import DeviceMeter, meter
 from effprof.trainer.build import resolve_device
-from effprof.trainer.run import Run
+from effprof.trainer.corpus import corpus
+from effprof.trainer.run import Run, open_folder
+from effprof.trainer.tokenizer import tokenizer
 
 
 @dataclass(frozen=True)
 class Ready:
-    """Where a run will be, and what is expected of it."""
+    """Where a run will be, and what is expected of it; sizes in bytes."""
 
+    run: Run
     device: torch.device
     expected: Estimate
     machine: DeviceMeter
 
+    @cached_property
+    def evaluation(self) -> int:
+        """The peak of a validation batch, counted as ``expected.total`` is."""
+        card = self.expected.card
+        found = evaluation(self.expected.step, card or gpus.of(self.run.plan))
+        return found.peak.size if found.process_total is None else found.process_total
+
+    @property
+    def checkpoint(self) -> int:
+        """The tensors of one checkpoint, of which the host holds a copy while it is written."""
+        held = self.expected.step.resident()
+        return held["weights"] + held["optimizer"] + held["buffers"]
+
+    @property
+    def device_needed(self) -> int:
+        """What the device must hold: the highest of all peaks, on a CPU with the copy beside."""
+        copy = self.checkpoint if self.device.type == "cpu" else 0
+        return max(self.expected.total, self.evaluation) + copy
+
+    @property
+    def disk_needed(self) -> int:
+        """Room for the checkpoints a run keeps, one being written, and the exported model."""
+        model = self.expected.step.architecture.parameters * 4
+        return self.run.keep.most * self.checkpoint + model
+
+    @property
+    def disk_free(self) -> int:
+        """Bytes free where the run's folder is or will be."""
+        out = self.run.out
+        existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+        return shutil.disk_usage(existing).free
+
+    def check(self) -> None:
+        """Raise DoesNotFitError for the memory, EffprofError for the disk."""
+        total = self.machine.total()
+        if self.device_needed > total:
+            raise DoesNotFitError(
+                f"The run needs {self.device_needed:,} bytes by the estimate, the device has "
+                f"{total:,}.",
+                "Use a smaller --micro-batch or --checkpointing full, or --force to try anyway.",
+            )
+        host = psutil.virtual_memory().total
+        if self.device.type == "cuda" and self.checkpoint > host:
+            raise DoesNotFitError(
+                f"A checkpoint's copy needs {self.checkpoint:,} bytes of host memory, there are "
+                f"{host:,}.",
+                "Use --state-dtype 8bit, or --force to try anyway.",
+            )
+        if self.disk_free < self.disk_needed:
+            raise EffprofError(
+                f"The run needs up to {self.disk_needed:,} bytes at {str(self.run.out)!r}, "
+                f"{self.disk_free:,} are free.",
+                "Free some space, give another --out, or --force to try anyway.",
+            )
+
 
 def prepare(run: Run, *, force: bool) -> Ready:
-    """Check device, memory and disk.
+    """Find the device, estimate, and check both, unless it is forced.
 
     Raises NoDeviceError, DoesNotFitError, or EffprofError where the disk is too small.
     """
+    ready = _ready(run)
+    if not force:
+        ready.check()
+    return ready
+
+
+def _ready(run: Run) -> Ready:
     device = resolve_device(run.plan.device, run.plan.allocator)
-    expected, machine = estimate(run.plan), meter(device)
-    if expected.total > machine.total() and not force:
-        raise DoesNotFitError(
-            f"The estimate is {expected.total:,} bytes, the device has {machine.total():,}.",
-            "Use a smaller --micro-batch or --checkpointing full, or --force to try anyway.",
-        )
-    needed, free = disk_needed(run, expected), disk_free(run)
-    if free < needed and not force:
-        raise EffprofError(
-            f"The run needs up to {needed:,} bytes at {str(run.out)!r}, {free:,} are free.",
-            "Free some space, give another --out, or --force to try anyway.",
-        )
-    return Ready(device, expected, machine)
+    card = None
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        card = gpus.recognise(properties.name, properties.total_memory)
+    return Ready(run, device, estimate(run.plan, card=card), meter(device))
 
 
-def checkpoint_bytes(expected: Estimate) -> int:
-    """The tensors of one checkpoint."""
-    held = expected.step.resident()
-    return held["weights"] + held["optimizer"] + held["buffers"]
+def dry_run(run: Run, *, resume: bool, force: bool) -> dict[str, Any]:
+    """Everything that would stop a run before it starts, and what it would take.
+
+    Nothing is written but the tokenizer's cache. Raises what the run itself would raise.
+    """
+    found = open_folder(run, resume=resume)
+    ready = _ready(run)
+    data = _check_data(run)
+    expected, plan = ready.expected, run.plan
+    seconds = None if expected.time is None else expected.time.update * run.steps
+    document = {
+        "schema": "effprof.dry-run/1",
+        "out": str(run.out),
+        "plan": plan.as_dict(),
+        "train": run.table(),
+        "resumes_at": None if found is None else found[1]["step"],
+        "data": data,
+        "steps": run.steps,
+        "tokens": run.steps * plan.global_batch * plan.seq_len,
+        "seconds": seconds,
+        "seconds_unknown": expected.time_unknown,
+        "memory": {
+            "update": expected.total,
+            "evaluation": ready.evaluation,
+            "checkpoint_copy": ready.checkpoint,
+            "needed": ready.device_needed,
+            "device": ready.machine.total(),
+        },
+        "disk": {"needed": ready.disk_needed, "free": ready.disk_free},
+        "estimate": expected.as_dict(),
+    }
+    if not force:
+        ready.check()
+    return document
 
 
-def disk_needed(run: Run, expected: Estimate) -> int:
-    """Room for the checkpoints a run keeps, one being written, and the exported model."""
-    model = expected.step.architecture.parameters * 4
-    return run.keep.most * checkpoint_bytes(expected) + model
-
-
-def disk_free(run: Run) -> int:
-    """Bytes free where the run's folder is or will be."""
-    existing = next(path for path in (run.out, *run.out.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free
+def _check_data(run: Run) -> dict[str, Any]:
+    """Read the first document of every file, and load the tokenizer."""
+    texts = corpus(run.data)
+    size = texts.check()
+    kept = run.out / "tokenizer"
+    path = str(kept) if kept.is_dir() else run.tokenizer
+    words = tokenizer(texts, run.plan.architecture.vocab, path) if path else None
+    return {
+        "name": texts.name,
+        **size,
+        "tokenizer": path or "byte-level BPE of the data",
+        "vocabulary": None if words is None else len(words),
+    }
