@@ -21,6 +21,7 @@ COMMANDS = (
     "validate",
     "train",
     "report",
+    "bench",
     "methods",
     "models",
     "gpus",

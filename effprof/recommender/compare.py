@@ -102,7 +102,7 @@ def compare(
     """
     if lineage and lineage not in published.lineages():
         raise unknown("lineage", lineage, published.lineages())
-    wanted = [(name, rank) for name in methods for rank in _ranks(name, ranks)]
+    wanted = [(name, rank) for name in methods for rank in ranks_of_method(name, ranks)]
     rows: list[Row] = []
     left_out: dict[str, str] = {}
     hint = ""
@@ -135,7 +135,7 @@ def common_lineage(plans: Sequence[Plan]) -> str:
     return next((key for key, count in known.items() if count == most), "") if most else ""
 
 
-def _ranks(name: str, ranks: Sequence[int]) -> Iterable[int | None]:
+def ranks_of_method(name: str, ranks: Sequence[int]) -> Sequence[int | None]:
     """The ranks to try: none for a method that has none."""
     settings = getattr(registry.method(name).addressed, "Settings", None)
     ranked = settings is not None and any(f.name == "rank" for f in dataclasses.fields(settings))

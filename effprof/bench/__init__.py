@@ -1,0 +1,1 @@
+"""Methods held against each other by training: a spec, a resumable study, and what it shows."""

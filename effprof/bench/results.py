@@ -1,0 +1,127 @@
+"""What a study found: its rows as files, and one line per arm with medians and their spread."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from effprof import registry
+from effprof.bench.spec import Arm, Spec
+from effprof.files import write_whole
+
+CSV, PARQUET = "results.csv", "results.parquet"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One arm's answer.
+
+    ``perplexity`` is the median over the seeds of the best learning rate found so far, ``low`` and
+    ``high`` the least and the largest; None where no trial came to an end. ``edge`` says that the
+    best learning rate is the least or largest tried, so that a better one may lie outside.
+    ``tried`` counts learning rates, diverged and failed ones included.
+    """
+
+    arm: Arm
+    tried: int
+    planned: int
+    diverged: int
+    failed: int
+    lr: float | None = None
+    edge: bool = False
+    seeds: int = 0
+    perplexity: float | None = None
+    low: float | None = None
+    high: float | None = None
+    tokens_per_second: float | None = None
+    measured: int | None = None
+    held: int | None = None
+    estimated: int | None = None
+    to_full: float | None = None
+    memory_to_full: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """One flat object: bytes, ratios."""
+        plan = self.arm.plan
+        own = {name: value for name, value in vars(self).items() if name != "arm"}
+        names = {"arm": self.arm.label, "model": plan.architecture.name, "method": plan.method}
+        return {**names, "update": plan.update, "rank": plan.rank, **own}
+
+
+def summarize(spec: Spec, rows: Sequence[Mapping[str, Any]]) -> list[Line]:
+    """One line per arm, lowest perplexity first, arms without one last; ratios are to the full-rank
+    arm of the same model.
+    """
+    lines = [
+        _line(spec, arm, [row for row in rows if row["arm"] == arm.label]) for arm in spec.arms
+    ]
+    full = {
+        one.arm.plan.architecture.name: one
+        for one in reversed(lines)
+        if one.arm.plan.method == registry.default() and one.arm.plan.update == registry.default()
+    }
+    done = [_against(one, full.get(one.arm.plan.architecture.name)) for one in lines]
+    return sorted(done, key=lambda one: (one.perplexity is None, one.perplexity or 0.0))
+
+
+def _line(spec: Spec, arm: Arm, rows: Sequence[Mapping[str, Any]]) -> Line:
+    tuned = [row for row in rows if not row["final"]]
+    diverged = sum(row["state"] == "diverged" for row in rows)
+    failed = sum(row["state"] == "failed" for row in rows)
+    line = Line(arm, len(tuned), spec.trials, diverged, failed)
+    known = [(row["loss"], row["lr"]) for row in tuned if row["state"] == "done"]
+    if not known:
+        return line
+    lr = min(known)[1]
+    best = [row for row in rows if row["state"] == "done" and row["lr"] == lr]
+    found = [row["perplexity"] for row in best]
+    tried = [row["lr"] for row in tuned]
+    # A diverged neighbour bounds the search as well as a worse one.
+    edge = lr in (min(tried), max(tried))
+    return Line(
+        arm, len(tuned), spec.trials, diverged, failed, lr, edge, len(best),
+        statistics.median(found), min(found), max(found),
+        statistics.median(row["tokens_per_second"] for row in best),
+        max(row["memory_measured"] for row in best),
+        best[0]["held"], best[0]["memory_estimated"],
+    )  # fmt: skip
+
+
+def _against(line: Line, full: Line | None) -> Line:
+    import dataclasses
+
+    if full is None or line.perplexity is None or full.perplexity is None:
+        return line
+    assert line.held is not None
+    assert full.held
+    return dataclasses.replace(
+        line,
+        to_full=line.perplexity / full.perplexity - 1,
+        memory_to_full=line.held / full.held - 1,
+    )
+
+
+def write_results(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """results.parquet with every column, results.csv without the loss curves."""
+    import pandas
+
+    frame = pandas.DataFrame([{**row, "curve": json.dumps(row["curve"])} for row in rows])
+    if frame.empty:
+        return
+    buffer = io.BytesIO()
+    frame.to_parquet(buffer, index=False)
+    write_whole(folder / PARQUET, buffer.getvalue())
+    write_whole(folder / CSV, frame.drop(columns="curve").to_csv(index=False))
+
+
+def done(rows: Sequence[Mapping[str, Any]]) -> tuple[int, float, float]:
+    """How many trials came to a result, their positions trained on, and their seconds together."""
+    tokens = sum(row["tokens"] or 0 for row in rows)
+    seconds = math.fsum(row["seconds"] or 0.0 for row in rows)
+    return len(rows), tokens, seconds

@@ -1,0 +1,104 @@
+"""The bench at work: claims trials, runs so many at once, keeps what they left."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from effprof.bench.results import write_results
+from effprof.bench.spec import Spec
+from effprof.bench.study import Study
+from effprof.bench.trial import Trial
+from effprof.units import duration
+
+_POLL = 0.2  # seconds between looks at the children
+_SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How, not what: ``jobs`` trials at once with ``threads`` CPU threads each (0: torch's own),
+    at most ``limit`` trials now (0: all).
+    """
+
+    jobs: int = 1
+    threads: int = 0
+    limit: int = 0
+    keep: bool = False
+    retry_failed: bool = False
+
+
+class Bench:
+    """One process's share of a study. Raises UsageError where the folder holds another."""
+
+    def __init__(self, spec: Spec, folder: Path, options: Options) -> None:
+        self.study, self.spec, self.options = Study(folder, spec), spec, options
+        self.running: list[Trial] = []
+        self.started = self.code = 0
+        self.took: list[float] = []
+        self.retry_before = datetime.now() if options.retry_failed else None  # as Optuna tells time
+
+    def go(self) -> int:
+        """Run trials until none is left, or a signal: then each is asked to write its checkpoint.
+
+        Returns the exit code.
+        """
+        before = {number: signal.signal(number, self._stop) for number in _SIGNALS}
+        try:
+            while self._start() or self.running:
+                time.sleep(_POLL)
+                self._collect()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            for trial in self.running:  # only after an error of our own
+                trial.process.terminate()
+        return self.code
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.code = _SIGNALS[signal.Signals(number)]
+        for trial in self.running:
+            trial.process.terminate()
+
+    def _start(self) -> bool:
+        """Start trials up to ``jobs`` at once; whether one was started."""
+        new = False
+        while not self.code and len(self.running) < self.options.jobs:
+            if self.options.limit and self.started >= self.options.limit:
+                break
+            claim = self.study.claim(self.retry_before)
+            if claim is None:
+                break
+            trial = Trial(claim, self.spec.train, self.study.tokenizer, self.options.threads)
+            self.running.append(trial)
+            self.started, new = self.started + 1, True
+        return new
+
+    def _collect(self) -> None:
+        """Keep the results of trials that ended; one that was told to stop goes on another day."""
+        for trial in [one for one in self.running if one.process.poll() is not None]:
+            self.running.remove(trial)
+            if self.code or trial.process.returncode in (-signal.SIGTERM, 130, 143):
+                self.study.release(trial.claim)
+                continue
+            row = trial.row(keep=self.options.keep)
+            self.study.finish(trial.claim, row)
+            self.took.append(time.monotonic() - trial.began)
+            rows = self.study.rows()
+            write_results(self.study.folder, rows)
+            self._say(trial, row, len(rows))
+
+    def _say(self, trial: Trial, row: dict[str, Any], done: int) -> None:
+        told = f"perplexity {row['perplexity']:.2f}" if row["state"] == "done" else row["state"]
+        claim, total = trial.claim, self.spec.total
+        left = sum(self.took) / len(self.took) * (total - done) / self.options.jobs
+        sys.stderr.write(
+            f"{done} of {total} · {claim.arm.label} lr {claim.lr:g} seed {claim.seed}: {told} in "
+            f"{duration(self.took[-1])} · ETA {duration(left)}\n"
+        )

@@ -1,0 +1,160 @@
+"""effprof bench: methods held against each other by training them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from effprof.cli.flags import default_device, plan_values, refuse, with_plan_flags
+from effprof.errors import UsageError
+from effprof.recommender.compare import methods_of, ranks_of
+
+if TYPE_CHECKING:
+    from effprof.bench.spec import Spec
+
+NAME = "bench"
+EPILOG = """\b
+Examples:
+  effprof bench examples/paper/paper-tiny.toml --out runs/tiny --jobs 2 --threads 1
+  effprof bench --model 9m --methods full,lowrank --lrs 1e-3,3e-3 --steps 200 --out runs/bench"""
+
+
+@with_plan_flags
+def command(
+    flags: Mapping[str, Any],
+    spec: Annotated[
+        Path | None, typer.Argument(help="A TOML file, instead of flags.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The study's folder; goes on if there.", show_default=False)
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="all, or names separated by commas.", show_default=False)
+    ] = None,
+    ranks: Annotated[
+        str | None,
+        typer.Option(help="64:1024 (doubling) or 64,128. [each method's]", show_default=False),
+    ] = None,
+    lrs: Annotated[
+        str | None,
+        typer.Option(help="Learning rates, by commas. [each method's own]", show_default=False),
+    ] = None,
+    lr_factors: Annotated[
+        str | None,
+        typer.Option(help="Multiples of each method's own, by commas.", show_default=False),
+    ] = None,
+    search: Annotated[
+        str | None, typer.Option(help="grid, or optuna within the range.", show_default=False)
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(help="Learning rates per arm, for optuna.", show_default=False)
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Seeds of each arm's best. [1]", show_default=False)
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer updates.", show_default=False)
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="As for train. [Python's sources]", show_default=False)
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Trials at once.", min=1)] = 1,
+    threads: Annotated[int, typer.Option(help="CPU threads per trial. [torch's]", min=0)] = 0,
+    limit: Annotated[int, typer.Option(help="Trials to run now, 0 is all.", min=0)] = 0,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep checkpoints and models.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Run trials that failed once more.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take and stop.")
+    ] = False,
+    summary: Annotated[bool, typer.Option("--summary", help="Only print what is there.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document and nothing else.")
+    ] = False,
+) -> int:
+    """Train methods on one budget of data, each with its best learning rate; an honest table."""
+    from effprof.bench.spec import parse, read
+
+    listed = {"methods": methods, "ranks": ranks, "lrs": lrs, "lr_factors": lr_factors}
+    single = {"search": search, "trials": trials, "seeds": seeds, "steps": steps, "data": data}
+    given = {name: value for name, value in {**listed, **single}.items() if value is not None}
+    flags = dict(flags)
+    gpu = flags.pop("gpu", None)
+    if gpu and not dry_run:
+        raise UsageError(f"--gpu {gpu} has no effect on a run.", "Add --dry-run, or leave it out.")
+    if spec and (flags or given):
+        name = next(iter({**flags, **given})).replace("_", "-")
+        raise UsageError(f"--{name} has no effect on a spec.", f"Write it into {spec}.")
+    device = "" if dry_run else str(default_device({})["device"])
+    asked = read(spec, device) if spec else parse(_document(flags, given), device=device)
+    if dry_run:
+        _show_cost(asked, gpu, answer=True, as_json=as_json)
+        return 0
+    if out is None:
+        raise UsageError("Where are the results to lie?", "Add --out runs/bench.")
+
+    from effprof.bench.run import Bench, Options
+
+    bench = Bench(asked, out, Options(jobs, threads, limit, keep, retry_failed))
+    if not summary and not as_json:
+        _show_cost(asked, None, answer=False, as_json=False)
+    code = 0 if summary else bench.go()
+    _show(asked, out, bench.study.rows(), as_json=as_json)
+    if code:
+        sys.stderr.write("Interrupted; the same command goes on.\n")
+    return code
+
+
+def _document(flags: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables a spec file would hold. Raises UsageError."""
+    refuse(flags, ("method", "rank", "config"), "bench: it has --methods, --ranks and a spec")
+    if "methods" not in given:
+        raise UsageError("Which methods?", "Type --methods full,lowrank,galore, or give a spec.")
+    bench: dict[str, Any] = {"methods": methods_of(given["methods"])}
+    bench |= {key: given[key] for key in ("search", "trials", "seeds") if key in given}
+    if "ranks" in given:
+        bench["ranks"] = ranks_of(given["ranks"])
+    for name, key in (("lrs", "lr"), ("lr_factors", "lr_factors")):
+        if name in given:
+            bench[key] = _numbers(name, given[name])
+    train = {key: given[key] for key in ("steps", "data") if key in given}
+    return {"bench": bench, "plan": plan_values(flags), "train": train}
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        shown = name.replace("_", "-")
+        raise UsageError(f"--{shown} {text!r} is no list.", f"Type --{shown} 1,3.") from None
+
+
+def _show_cost(asked: Spec, gpu: str | None, *, answer: bool, as_json: bool) -> None:
+    from effprof.bench.cost import costs
+    from effprof.report.bench import show_costs
+
+    found = costs(asked, gpu)
+    if as_json:
+        print(json.dumps({"schema": "effprof.bench-cost/1", **found}))
+    else:
+        show_costs(asked, found, answer=answer)
+
+
+def _show(asked: Spec, out: Path, rows: list[dict[str, Any]], *, as_json: bool) -> None:
+    from effprof.bench.results import summarize
+    from effprof.report.bench import document, show_bench, write_summary
+    from effprof.report.bench_plots import draw
+
+    lines = summarize(asked, rows)
+    write_summary(out, asked, lines, rows)
+    pictures = draw(out, asked, lines, rows)
+    if as_json:
+        print(json.dumps(document(asked, lines, rows)))
+    else:
+        show_bench(asked, lines, rows, [out / "summary.md", *pictures])

@@ -1,0 +1,282 @@
+"""The bench: what a spec may say, whose turn it is, what survives a kill, what the table says."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+from helpers import run_cli
+
+from effprof.bench.cost import costs
+from effprof.bench.results import summarize
+from effprof.bench.spec import Spec, data_digest, parse, read
+from effprof.bench.study import Claim, Study
+from effprof.errors import UsageError
+from effprof.report.bench import remarks
+
+ROOT = Path(__file__).parents[1]
+
+
+def tables(tiny: str, texts: Path, **bench: Any) -> dict[str, Any]:
+    """The tables of a small spec."""
+    return {
+        "bench": {"models": [tiny], "methods": ["full", "lowrank"], "lr": [3e-3, 1e-2], **bench},
+        "plan": {"micro_batch": 2, "seq_len": 32, "dtype": "fp32", "device": "cpu"},
+        "train": {"steps": 6, "data": str(texts)},
+    }
+
+
+def spec(tiny: str, texts: Path, **bench: Any) -> Spec:
+    return parse(tables(tiny, texts, **bench))
+
+
+def row(claim: Claim, loss: float = 4.0, state: str = "done") -> dict[str, Any]:
+    """What a trial might have left."""
+    known = state == "done"
+    return {
+        "arm": claim.arm.label,
+        "lr": claim.lr,
+        "seed": claim.seed,
+        "state": state,
+        "loss": loss if known else None,
+        "perplexity": math.exp(loss) if known else None,
+        "tokens": 384 if known else None,
+        "seconds": 1.0,
+        "tokens_per_second": 384.0,
+        "held": 600 if claim.arm.plan.method == "full" else 300,
+        "memory_estimated": 2000,
+        "memory_measured": 3000,
+        "meter": "resident set",
+        "code": "x",
+        "reason": "" if known else "Error: it broke.",
+        "curve": [[384, loss]],
+    }
+
+
+def work(study: Study, losses: dict[tuple[str, float], float]) -> list[tuple[str, float, int]]:
+    """Finish every trial that a study gives, in its order; a missing loss diverges."""
+    order = []
+    while claim := study.claim():
+        key = (claim.arm.label, claim.lr)
+        order.append((*key, claim.seed))
+        study.finish(
+            claim, row(claim, losses.get(key, 0.0), "done" if key in losses else "diverged")
+        )
+    return order
+
+
+def test_every_arm_gets_its_turn_and_its_best_rate_the_seeds(
+    tiny: str, texts: Path, tmp_path: Path
+) -> None:
+    study = Study(tmp_path, spec(tiny, texts, seeds=3))
+    losses = {("full", 3e-3): 3.0, ("full", 1e-2): 3.5, ("lowrank", 1e-2): 4.0}
+    assert work(study, losses) == [
+        *(("full", 3e-3, 0), ("lowrank", 3e-3, 0), ("full", 1e-2, 0), ("lowrank", 1e-2, 0)),
+        *(("full", 3e-3, 1), ("lowrank", 1e-2, 1), ("full", 3e-3, 2), ("lowrank", 1e-2, 2)),
+    ]
+    lines = summarize(study.spec, study.rows())
+    assert [line.arm.label for line in lines] == ["full", "lowrank"]
+    full, lowrank = lines
+    assert (full.tried, full.seeds, lowrank.diverged) == (2, 3, 1)
+    assert full.perplexity == pytest.approx(math.exp(3))
+    assert lowrank.to_full == pytest.approx(math.exp(1) - 1)
+    assert lowrank.memory_to_full == pytest.approx(-0.5)
+    assert full.edge
+    assert lowrank.edge
+
+
+def test_two_processes_share_a_study_and_take_over_what_one_left(
+    tiny: str, texts: Path, tmp_path: Path
+) -> None:
+    asked = spec(tiny, texts)
+    ours, theirs = Study(tmp_path, asked), Study(tmp_path, asked)
+    first, second = ours.claim(), theirs.claim()
+    assert first
+    assert second
+    assert first.folder != second.folder
+    ours.release(first)  # it was killed
+    again = theirs.claim()
+    assert again
+    assert (again.arm.label, again.number, again.folder) == ("full", 0, first.folder)
+    rest = [ours.claim(), ours.claim()]
+    assert None not in rest
+    assert ours.claim() is None  # the others are being run
+    for claim in (again, second, *rest):
+        assert claim
+        ours.finish(claim, row(claim))
+    assert len(Study(tmp_path, asked).rows()) == asked.total == 4
+
+
+def test_a_failed_trial_is_a_result_and_can_be_tried_once_more(
+    tiny: str, texts: Path, tmp_path: Path
+) -> None:
+    study = Study(tmp_path, spec(tiny, texts, methods=["full"]))
+    for _ in range(2):
+        claim = study.claim()
+        assert claim
+        study.finish(claim, row(claim, state="failed"))
+    assert study.claim() is None  # no seeds for an arm without a result
+    (line,) = summarize(study.spec, study.rows())
+    assert (line.perplexity, line.failed, line.tried) == (None, 2, 2)
+    assert any("Error: it broke." in text for text in remarks(study.spec, [line], study.rows()))
+    now = datetime.now()
+    for lr, number in ((3e-3, 2), (1e-2, 3)):
+        again = study.claim(now)
+        assert again
+        assert (again.lr, again.number) == (lr, number)
+        study.finish(again, row(again, state="failed" if number == 2 else "done"))
+    assert study.claim(now) is None  # once, not over and over
+    assert [one["state"] for one in study.rows()] == ["failed", "done"]
+
+
+def test_a_search_stays_in_its_range_and_has_as_many_trials(
+    tiny: str, texts: Path, tmp_path: Path
+) -> None:
+    study = Study(tmp_path, spec(tiny, texts, search="optuna", trials=5))
+    order = []
+    while claim := study.claim():
+        order.append((claim.arm.label, claim.lr))
+        study.finish(claim, row(claim, abs(math.log(claim.lr / 5e-3))))
+    for label in ("full", "lowrank"):
+        rates = [lr for name, lr in order if name == label]
+        assert len(set(rates)) == 5
+        assert all(3e-3 <= lr <= 1e-2 for lr in rates)
+
+
+def test_another_spec_is_refused_by_name_and_more_arms_are_welcome(
+    tiny: str, texts: Path, tmp_path: Path
+) -> None:
+    asked = tables(tiny, texts)
+    Study(tmp_path, parse(asked))
+    for table, key, value, said in (
+        ("plan", "seq_len", 64, "seq_len = 32, not 64"),
+        ("train", "steps", 7, "train.steps = 6, not 7"),
+        ("bench", "seeds", 2, "seeds = 1, not 2"),
+        ("bench", "lr", [3e-3, 2e-2], "rates"),
+        ("bench", "methods", ["full"], "arm 'lowrank'"),
+    ):
+        other = {**asked, table: {**asked[table], key: value}}
+        with pytest.raises(UsageError, match=said):
+            Study(tmp_path, parse(other))
+    (texts / "argparse.txt").touch()
+    more = {**asked, "bench": {**asked["bench"], "methods": ["full", "lowrank", "galore"]}}
+    assert len(Study(tmp_path, parse(more)).spec.arms) == 3
+    with pytest.raises(UsageError, match="galore"):
+        Study(tmp_path, parse(asked))
+
+
+def test_the_digest_is_of_the_text_and_not_of_its_dates(texts: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = Path(shutil.copytree(texts, tmp_path / "elsewhere"))
+    assert data_digest(str(copy)) == data_digest(str(texts))
+    one = next(iter(sorted(copy.iterdir())))
+    one.write_text(one.read_text()[::-1])
+    assert data_digest(str(copy)) != data_digest(str(texts))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"bench": {"models": ["60m"]}}, "compares nothing"),
+        ({"bench": {"models": ["60m"], "methods": ["fulll"]}}, "Unknown method 'fulll'"),
+        ({"bench": {"models": ["60m"], "methods": ["full"], "lrs": [1]}}, "setting 'lrs'"),
+        ({"bench": {"methods": ["full"]}, "plan": {}}, "names no model"),
+        ({"train": {"steps": 5, "seed": 1}}, "seed has no effect"),
+        ({"train": {}}, "full: How long should it train"),
+        ({"settings": {"galore": {"refresh": 5}}}, "settings.galore. has no effect"),
+        ({"settings": {"full": {"refresh": 5}}}, "full: Unknown setting 'refresh'"),
+        ({"arm": [{"label": "x", "method": "full", "lr": [1e-3, 2e-3]}]}, "2 learning rates"),
+        ({"arm": [{"label": "full", "method": "full"}]}, "called alike"),
+        ({"bench": {"models": ["60m"], "methods": ["full"], "search": "optuna"}}, "needs a range"),
+        ({"bench": {"models": ["60m"], "methods": ["full"], "lr": [-1]}}, "lr cannot be"),
+    ],
+)
+def test_what_a_spec_may_not_say(changes: dict[str, Any], said: str) -> None:
+    document = {
+        "bench": {"models": ["60m"], "methods": ["full"]},
+        "plan": {"device": "cpu"},
+        "train": {"steps": 5},
+        **changes,
+    }
+    with pytest.raises(UsageError, match=said):
+        parse(document)
+
+
+def test_cost_is_told_before(tmp_path: Path) -> None:
+    shown = (
+        "--model",
+        "60m",
+        "--methods",
+        "full,galore",
+        "--tokens",
+        "100M",
+        "--dry-run",
+        "--json",
+    )
+    code, out, _ = run_cli("bench", *shown, "--gpu", "rtx-4090", "--seeds", "3")
+    assert code == 0
+    found = json.loads(out)
+    assert found["trials"] == 6
+    assert found["positions"] == pytest.approx(6e8, rel=1e-3)
+    one = run_cli("estimate", "--model", "60m", "--gpu", "rtx-4090", "--tokens", "100M", "--json")
+    full = json.loads(one[1])["time"]["run_seconds"] / 3600
+    assert found["hours"]["rtx-4090"] > 3 * full > 0.3 * found["hours"]["rtx-4090"] / 3
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("paper/*.toml")))
+def test_the_examples_can_be_read(example: Path) -> None:
+    asked = read(example)
+    assert costs(asked)["trials"] == asked.total > 14
+
+
+def test_a_killed_bench_goes_on_without_losing_a_trial(
+    tiny: str, texts: Path, tmp_path: Path
+) -> None:
+    """Real children: killed outright after the first result, then finished, then asked again."""
+    from effprof.files import to_toml
+
+    path, out = tmp_path / "bench.toml", tmp_path / "study"
+    path.write_text(to_toml(tables(tiny, texts)))
+    command = [sys.executable, "-m", "effprof", "bench", str(path), "--out", str(out)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as first:
+        until = time.monotonic() + 100
+        while not (out / "results.csv").exists():
+            assert first.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        os.kill(first.pid, signal.SIGKILL)
+    before = pandas.read_csv(out / "results.csv")
+    done = {p: p.stat().st_mtime_ns for p in (out / "trials").glob("*/run/summary.json")}
+    code, printed, _ = run_cli("bench", path, "--out", out, "--threads", "1", "--json")
+    assert code == 0
+    document = json.loads(printed)
+    assert document["trials"] == {"done": 4, "planned": 4}
+    assert {row["state"] for row in document["rows"]} == {"done"}
+    assert all(p.stat().st_mtime_ns == then for p, then in done.items())
+    after = pandas.read_parquet(out / "results.parquet")
+    kept = after[after.arm.eq(before.arm[0]) & after.lr.eq(before.lr[0])]
+    assert kept.loss.item() == before.loss[0]
+    for one in document["rows"]:  # the row says what the run's own summary says
+        (summary,) = (out / "trials").glob(f"{one['arm']}-*-lr{one['lr']:g}-seed0/run/summary.json")
+        told = json.loads(summary.read_text())
+        assert one["loss"] == told["validation"]["loss"]
+        assert one["steps"] == told["steps"] == 6
+        assert told["tokens"] == one["tokens"] == 384
+    assert not list((out / "trials").glob("*/run/checkpoint-*"))
+    assert (out / "bench.png").stat().st_size > 10_000
+    assert "| full |" in (out / "summary.md").read_text()
+    code, _, said = run_cli("bench", path, "--out", out, "--steps", "9")
+    assert code == 2
+    assert "--steps has no effect on a spec" in said
