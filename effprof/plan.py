@@ -21,6 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("bf16", "fp16", "amp-bf16", "amp-fp16", "fp32"),
     "state_dtype": ("same", "fp32", "8bit"),
     "master_weights": ("none", "fp32"),
+    "rounding": ("nearest", "stochastic"),
     "checkpointing": ("none", "full"),
     "attention": ("sdpa", "eager", "math"),
     "attention_mask": ("none", "full"),
@@ -35,7 +36,6 @@ TARGETS = ("attention", "mlp")
 
 # What the flag promises and this version does not do. Refused: a flag is never silently ignored.
 _NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
-    "master_weights": (("fp32",), "Use --dtype amp-bf16, which keeps fp32 weights."),
     "parallel": (("ddp", "fsdp"), "Use one GPU."),
 }
 
@@ -64,10 +64,12 @@ class Plan:
     dtype: str = "bf16"
     state_dtype: str = ""
     master_weights: str = "none"
+    rounding: str = "nearest"
     checkpointing: str = "none"
     attention: str = "sdpa"
     attention_mask: str = "none"
     loss: str = "standard"
+    z_loss: float = 0.0
     rows: str = "packed"
     per_layer_update: bool | None = None
     zero_grad: str = "none"
@@ -179,6 +181,8 @@ class Plan:
                 state_dtype=self.state_dtype,
                 optimizer_impl=self.optimizer_impl,
                 per_layer_update=bool(self.per_layer_update),
+                master_weights=self.master_weights,
+                rounding=self.rounding,
             ),
         )
 
@@ -197,7 +201,8 @@ class Plan:
             self._set("optimizer_impl", "loop")
         if not self.optimizer_impl:
             # Moments of another dtype than the weights' are updated by a loop of our own.
-            self._set("optimizer_impl", known[0] if self.state_dtype == "same" else "loop")
+            torchs = self.state_dtype == "same" and not self._wide
+            self._set("optimizer_impl", known[0] if torchs else "loop")
 
     def _default_rank(self) -> int:
         """A quarter of the hidden width, a multiple of 8, below every targeted matrix's shorter
@@ -240,7 +245,15 @@ class Plan:
         self._check_per_layer()
 
     def _check_loss(self) -> None:
+        if not 0 <= self.z_loss < 1:
+            raise UsageError(f"--z-loss {self.z_loss} is not in [0, 1).", "Type --z-loss 1e-4.")
         if self.loss != "chunked":
+            if self.z_loss:
+                raise UsageError(
+                    f"--z-loss {self.z_loss} needs the logits of --loss chunked, which holds a "
+                    f"few at a time.",
+                    "Add --loss chunked.",
+                )
             return
         if self.keep_logits:
             raise UsageError(
@@ -264,9 +277,54 @@ class Plan:
                 "Use --loss standard.",
             )
 
+    @property
+    def _wide(self) -> bool:
+        return self.master_weights == "fp32" or self.rounding == "stochastic"
+
+    def _check_wide(self) -> None:
+        """Updates that see fp32 weights need weights of 16 bits, and say where states are fp32."""
+        for name, given in (("master_weights", "fp32"), ("rounding", "stochastic")):
+            if getattr(self, name) != given:
+                continue
+            shown = f"{flag(name)} {given}"
+            if self.weight_dtype == "fp32":
+                raise UsageError(
+                    f"{shown} has no effect with --dtype {self.dtype}: the weights are fp32.",
+                    f"Use --dtype bf16, or leave {flag(name)} out.",
+                )
+            self._refuse_declared(name, "NOT_WIDE", True)
+            if self.optimizer_impl != "loop":
+                raise UsageError(
+                    f"--optimizer-impl {self.optimizer_impl} is not available with {shown}: "
+                    f"tensors are updated one by one.",
+                    "Leave --optimizer-impl out.",
+                )
+        if self.rounding == "stochastic":
+            self._check_rounding()
+
+    def _check_rounding(self) -> None:
+        if self.master_weights == "fp32" or self.weight_dtype != "bf16":
+            raise UsageError(
+                "--rounding stochastic is of bf16 weights that have no masters.",
+                "Use --dtype bf16 without --master-weights.",
+            )
+        if self.state_dtype == "same" and self._has_states():
+            raise UsageError(
+                "--rounding stochastic needs optimizer states that are not bf16.",
+                "Add --state-dtype fp32, or --state-dtype 8bit.",
+            )
+
     def _check_states(self) -> None:
+        if self._wide:
+            self._check_wide()
         if self.state_dtype == "same":
             return
+        if self.state_dtype == "fp32" and self.master_weights == "fp32":
+            raise UsageError(
+                "--state-dtype fp32 has no effect with --master-weights fp32: states have the "
+                "masters' dtype.",
+                "Leave --state-dtype out.",
+            )
         if self.state_dtype == "fp32" and self.weight_dtype == "fp32":
             raise UsageError(
                 f"--state-dtype fp32 has no effect with --dtype {self.dtype}: the weights are "
@@ -425,6 +483,7 @@ def flag(name: str) -> str:
 _KINDS: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "int": (int,),
+    "float": (float, int),
     "bool": (bool,),
     "Mapping[str, Any]": (Mapping,),
     "tuple[str, ...]": (tuple,),

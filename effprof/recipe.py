@@ -36,6 +36,13 @@ class Recipe:
     state_dtype: str = "same"
     optimizer_impl: str = "fused"
     per_layer_update: bool = False
+    master_weights: str = "none"
+    rounding: str = "nearest"
+
+    @property
+    def wide(self) -> bool:
+        """Whether updates see weights and gradients of 16 bits in fp32."""
+        return self.master_weights == "fp32" or self.rounding == "stochastic"
 
     def half(self, *, covered: bool) -> tuple[Any, Any]:
         """The update half of a tensor with its settings: the method's own, or the rest's."""

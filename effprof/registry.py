@@ -31,6 +31,7 @@ INTEGERS = ("int32", "int64", "uint8")
 QUANTISED_BLOCK = 256
 QUANTISED_FROM = 4096
 ABSMAX = ".absmax"
+MASTER = "master_weight"  # the state that is an fp32 copy of a tensor, under this or a longer name
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +139,10 @@ class Group:
     memory: dict[str, Any] = field(default_factory=dict)
 
     def reset(self) -> None:
-        """Zero the state in place, as if the next update were the first."""
-        for tensor in self.state.values():
-            tensor.zero_()
+        """Zero the state in place, as if the next update were the first; master weights stay."""
+        for name, tensor in self.state.items():
+            if not name.startswith(MASTER):
+                tensor.zero_()
         self.age = 0
         self.memory.clear()
 
@@ -210,7 +212,8 @@ class LayerHalf(Protocol):
     # STATE_DTYPE: the plan's default, where it is not ``same``
     # NO_LAYER_HALF: why an update half goes on no layer half
     # ONLY_OWN_UPDATE: why no other update half goes with the layers
-    # NOT_PER_LAYER, NOT_8BIT, NOT_FREEZE_REST: why the method does not go with that flag
+    # NOT_PER_LAYER, NOT_8BIT, NOT_FREEZE_REST, NOT_WIDE: why the method does not go with that flag
+    #   (NOT_WIDE: with --master-weights fp32 and --rounding stochastic)
     # STARTS_DENSE: the host passes the model's own initial matrix to ``init``
 
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from effprof.errors import UsageError
 from effprof.model import Matrix
 from effprof.recipe import Recipe
-from effprof.registry import ABSMAX, QUANTISED_BLOCK, QUANTISED_FROM, Tensor
+from effprof.registry import ABSMAX, MASTER, QUANTISED_BLOCK, QUANTISED_FROM, Tensor
 
-_STEPS = ("update", "refresh", "clip")  # phases of an update half
+_STEPS = ("update", "refresh", "clip", "8bit")  # phases of an update half
+# Copies that are not made of an fp32 tensor whose states are fp32, too.
+_COPIES = ("upcast", "recast", "downcast", "mixed", "remixed")
 _KINDS = ("linear", "embedding", "head", "norm", "bias")
 
 
@@ -121,7 +123,7 @@ def _one(
     state = tuple(part for one in plain for part in _stored(one)) if eight else plain
     transient = dict(half.transient(matrix, tokens, settings))
     # torch's AdamW refuses moments in another dtype than the weight's.
-    hosted = hasattr(half, "TORCH_OPTIMIZER") and recipe.state_dtype == "same"
+    hosted = hasattr(half, "TORCH_OPTIMIZER") and recipe.state_dtype == "same" and not recipe.wide
     if len(state) > len(plain):
         if getattr(half, "NATIVE_8BIT", False):  # the CUDA kernel needs nothing beside the states
             transient["update"] = transient["8bit"] if on_cpu else ()
@@ -138,7 +140,45 @@ def _one(
             largest = max(whole, key=lambda one: one.numel)
             stored = dataclasses.replace(largest, name="packed", dtype="uint8")
             transient["update:store"] = (*whole, stored)
+    if recipe.wide:
+        state, transient = _widened(recipe, tensors, state, transient)
     return Trained(tensors, matrix, covered, hosted, state, plain, transient)
+
+
+def _widened(
+    recipe: Recipe,
+    tensors: tuple[Tensor, ...],
+    state: tuple[Tensor, ...],
+    transient: Mapping[str, tuple[Tensor, ...]],
+) -> tuple[tuple[Tensor, ...], dict[str, tuple[Tensor, ...]]]:
+    """States and temporaries of an update that sees fp32 weights and gradients."""
+
+    def fp32(declared: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(
+            dataclasses.replace(one, dtype="fp32") if one.dtype in ("weight", "state") else one
+            for one in declared
+            if one.dtype not in _COPIES
+        )
+
+    def copies(name: str, dtype: str = "fp32", role: str = "workspace") -> tuple[Tensor, ...]:
+        return tuple(Tensor(name_of(one, tensors, name), one.shape, dtype, role) for one in tensors)
+
+    stochastic = recipe.rounding == "stochastic"
+    weights = copies("weight_fp32") if stochastic else ()
+    held = (*copies("gradient_fp32"), *weights)
+    wide = {
+        name: (*held, *fp32(found)) if name.partition(":")[0] in _STEPS else found
+        for name, found in {"update": (), **transient}.items()
+    }
+    if stochastic:
+        wide["update:round"] = (*weights, *copies("noise", "int32")[:1])
+    masters = () if stochastic else copies(MASTER, role="optimizer")
+    return (*fp32(state), *masters), wide
+
+
+def name_of(tensor: Tensor, together: tuple[Tensor, ...], name: str) -> str:
+    """The name of a copy of one of the tensors that are trained together."""
+    return name if len(together) == 1 else f"{name}.{tensor.name}"
 
 
 def _stored(tensor: Tensor) -> tuple[Tensor, ...]:

@@ -31,6 +31,7 @@ FACTS = Facts(
     lr={"9m": 3e-3, "60m": 2e-3, "130m": 1e-3, "350m": 1e-3, "1b": 5e-4, "7b": 3e-4},
 )
 COVERS = ("linear", "embedding", "head", "norm", "bias")
+NOT_WIDE = "it keeps fp32 copies of the active block itself"
 ACTIVE_STATE = True
 NO_LAYER_HALF = "it takes turns over a model's own blocks and keeps copies of their weights"
 

@@ -46,6 +46,7 @@ FACTS = Facts(
     lr={"60m": 1.5e-2, "350m": 1e-2, "1b": 1e-2, "7b": 4e-3},
 )
 COVERS = ("linear",)
+NOT_WIDE = "its weights are integers"
 PERIODS = ("refresh",)
 JOINT = True
 FACTORS = ("packed",)

@@ -40,7 +40,12 @@ def _plan_flags(
     state_dtype: Annotated[
         str | None, option("Optimizer states: same, fp32 or 8bit. [same]")
     ] = None,
-    master_weights: Annotated[str | None, option("none. [none]")] = None,
+    master_weights: Annotated[
+        str | None, option("none, or fp32 copies beside weights of 16 bits. [none]")
+    ] = None,
+    rounding: Annotated[
+        str | None, option("Of bf16 weights: nearest or stochastic. [nearest]")
+    ] = None,
     checkpointing: Annotated[
         str | None, option("Activation checkpointing: none or full. [none]")
     ] = None,
@@ -50,6 +55,9 @@ def _plan_flags(
     ] = None,
     loss: Annotated[
         str | None, option("standard, or chunked without whole logits. [standard]")
+    ] = None,
+    z_loss: Annotated[
+        float | None, option("Weight of the squared log-partition, with --loss chunked. [0]")
     ] = None,
     rows: Annotated[str | None, option("packed, packed-isolated or padded. [packed]")] = None,
     per_layer_update: Annotated[
@@ -126,6 +134,8 @@ _REPLACES = {
     "global_batch": ("grad_accum",),
     "dtype": ("optimizer_impl",),
     "state_dtype": ("optimizer_impl",),
+    "master_weights": ("optimizer_impl",),
+    "rounding": ("optimizer_impl",),
 }
 
 

@@ -42,7 +42,8 @@ def chunked_loss(model: nn.Module, batch: Batch, plan: Plan) -> LossOnly:
     with torch.autocast(hidden.device.type, enabled=False):
         flat = hidden.flatten(0, 1).to(dtype)
         wanted = torch.is_grad_enabled()  # always off inside
-        loss = _ChunkedCrossEntropy.apply(flat, head, shifted, targets, rows, wanted)  # type: ignore[no-untyped-call]
+        z_loss = plan.z_loss if model.training else 0.0
+        loss = _ChunkedCrossEntropy.apply(flat, head, shifted, targets, rows, wanted, z_loss)  # type: ignore[no-untyped-call]
     return LossOnly(cast("Tensor", loss))
 
 
@@ -62,6 +63,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         count: int,
         rows: int,
         wanted: bool,
+        z_loss: float,
     ) -> Tensor:
         needs_hidden, needs_head = (wanted and needed for needed in ctx.needs_input_grad[:2])
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -71,7 +73,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = (hidden[part] @ weight.t()).float()
-            total += _softmax_(logits, targets[part], count, gradient=needs_hidden or needs_head)
+            needed = needs_hidden or needs_head
+            total += _softmax_(logits, targets[part], count, z_loss, gradient=needed)
             d_logits = logits.to(hidden.dtype)
             del logits
             if d_hidden is not None:
@@ -90,19 +93,30 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for gradient in (d_hidden, d_head):
             if gradient is not None:
                 gradient.mul_(upstream[0])  # fp32: a share of an update is no number of bf16's
-        return d_hidden, d_head, None, None, None, None
+        return d_hidden, d_head, None, None, None, None, None
 
 
-def _softmax_(logits: Tensor, targets: Tensor, count: int, *, gradient: bool) -> Tensor:
-    """The summed loss of rows × vocabulary logits over ``count``; they become its gradient."""
+def _softmax_(
+    logits: Tensor, targets: Tensor, count: int, z_loss: float, *, gradient: bool
+) -> Tensor:
+    """The summed loss of rows × vocabulary logits over ``count``; they become its gradient.
+
+    With ``z_loss`` z, z log² Z is added per target (PaLM, arXiv 2204.02311, section 5).
+    """
     wanted = targets != IGNORED
     places = targets.clamp(min=0)[:, None]
-    logits -= logits.amax(dim=1, keepdim=True)
+    highest = logits.amax(dim=1, keepdim=True)
+    logits -= highest
     chosen = logits.gather(1, places)[:, 0]
     sums = logits.exp_().sum(dim=1)
     weights = wanted.to(logits.dtype).div_(count)
+    scale = weights / sums
     loss = ((sums.log() - chosen) * weights).sum()
+    if z_loss:
+        partition = sums.log().add_(highest[:, 0])
+        loss += (partition.square() * weights).sum() * z_loss
+        scale *= 1 + 2 * z_loss * partition
     if gradient:
-        logits *= (weights / sums)[:, None]
+        logits *= scale[:, None]
         logits.scatter_add_(1, places, -weights[:, None])
     return loss

@@ -15,10 +15,11 @@ from effprof.blockwise import dequantised, quantise
 from effprof.errors import UsageError
 from effprof.phase import phase
 from effprof.recipe import Recipe
-from effprof.registry import Clock, Group, Layer, phases
+from effprof.registry import MASTER, Clock, Group, Layer, phases
 from effprof.registry import Tensor as Declared
 from effprof.trained import Trained
 from effprof.trainer.layer import DTYPES, MethodLinear
+from effprof.trainer.rounding import round_stochastically
 
 _IMPLEMENTATION = {
     "fused": {"fused": True},
@@ -227,7 +228,7 @@ class MethodOptimizer(torch.optim.Optimizer):
         self.clock.since_restart += 1
         for (half, settings), restart in zip(self.recipe.hooked(), restarting, strict=True):
             if hasattr(half, "after_step"):
-                with restart:
+                with restart, self._restarting():
                     half.after_step(self._layers, self._rest, self.clock, settings)
         self._activate()
         return loss
@@ -326,17 +327,57 @@ class MethodOptimizer(torch.optim.Optimizer):
         self.clock.lr = float(own["lr"]) * self.lr_factor()
         names = ["weight"] if len(group.tensors) == 1 else [t.name for t in trained.tensors]
         group.gradients = dict(zip(names, gradients, strict=True))  # type: ignore[arg-type]
-        with self._readable(cell, half):
+        del gradients
+        with self._widened(cell), self._readable(cell, half):
             half.update(group, self.clock, settings)
-        group.gradients = {}
+            group.gradients = {}
         group.age += 1
 
     def _begin(self, cell: Cell) -> None:
         """Allocate a cell's state, all zero."""
         declared = [one for one in cell.trained.state if _exists(one, cell.first)]
         cell.group.state.update({one.name: self._zeros(one, cell.first) for one in declared})
+        for name, master in masters_of(cell.group).items():
+            master.copy_(cell.group.tensors[name])
         if getattr(self.recipe.halves.update, "ACTIVE_STATE", False):
             cell.group.age = 0
+
+    @contextlib.contextmanager
+    def _widened(self, cell: Cell) -> Iterator[None]:
+        """The group's weights and gradients in fp32 while a half works, where the recipe says so;
+        then the weights rounded.
+        """
+        if not self.recipe.wide:
+            yield
+            return
+        group, narrow = cell.group, cell.group.tensors
+        group.gradients = {name: one.float() for name, one in group.gradients.items()}
+        group.tensors = masters_of(group) or {name: one.float() for name, one in narrow.items()}
+        yield
+        seed = (group.seed * 1_000_003 + self.clock.update) % 2**63
+        for name, wide in group.tensors.items():
+            if self.recipe.rounding == "stochastic":
+                round_stochastically(wide, narrow[name], seed)
+            else:
+                narrow[name].copy_(wide)
+        group.tensors = narrow
+
+    @contextlib.contextmanager
+    def _restarting(self) -> Iterator[None]:
+        """Merges and refactorizations work on the masters, where there are any."""
+        hooked = self.recipe.hooked()
+        due = any("restart" in phases(half, s, self.clock.update - 1) for half, s in hooked)
+        if self.recipe.master_weights == "none" or not due:
+            yield
+            return
+        narrow = [(layer, layer.tensors) for layer in self._layers]
+        for layer, tensors in narrow:
+            layer.tensors = {**tensors, **_masters(layer)}
+        yield
+        for layer, tensors in narrow:
+            for name, wide in _masters(layer).items():
+                tensors[name].copy_(wide)
+            layer.tensors = tensors
 
     @contextlib.contextmanager
     def _readable(self, cell: Cell, half: Any) -> Iterator[None]:
@@ -436,6 +477,24 @@ class MethodOptimizer(torch.optim.Optimizer):
     def _counts(self, name: str, parameter: Tensor) -> bool:
         hosted = self._cells[cast("nn.Parameter", parameter)].trained.hosted
         return name == "step" and hosted and self.recipe.optimizer_impl != "fused"
+
+
+def masters_of(group: Group) -> dict[str, Tensor]:
+    """The fp32 copies of a group's tensors, by the tensors' names; empty where there are none."""
+    if len(group.tensors) == 1:
+        (only,) = group.tensors
+        return {only: group.state[MASTER]} if MASTER in group.state else {}
+    names = {name: f"{MASTER}.{name}" for name in group.tensors}
+    return {name: group.state[key] for name, key in names.items() if key in group.state}
+
+
+def _masters(layer: Layer) -> dict[str, Tensor]:
+    """The fp32 copies of a layer's tensors, by the layer's names."""
+    found: dict[str, Tensor] = {}
+    for name, group in layer.groups.items():
+        masters = masters_of(group)
+        found |= {name: masters["weight"]} if masters.keys() == {"weight"} else masters
+    return found
 
 
 def _exists(declared: Declared, parameter: Tensor) -> bool:
