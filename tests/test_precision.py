@@ -186,3 +186,39 @@ def test_z_loss_is_added_with_its_gradient(tiny: str) -> None:
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-6)
     model.eval()
     torch.testing.assert_close(forward_loss(model, batch, plan), plain)
+
+
+def test_fp16_with_a_scaled_loss(tiny: str, texts: Path, tmp_path: Path) -> None:
+    """It learns, its scale is part of a checkpoint, and an overflow leaves its update out."""
+    common = ["train", "--model", tiny, "--data", texts, "--micro-batch", "2", "--seq-len", "32"]
+    common += ["--device", "cpu", "--steps", "12", "--save-every", "6", "--dtype", "amp-fp16"]
+    common += ["--clip", "1", "--method", "galore"]
+    assert run_cli(*common, "--out", tmp_path / "run")[0] == 0
+    rows = _rows(tmp_path / "run")
+    losses = [row["loss"] for row in rows]
+    assert losses[-1] < losses[0] - 0.2
+    # 65536 times the gradient is beyond fp16 at first: those updates are left out.
+    assert rows[0]["grad_norm"] is None or rows[0]["grad_norm"] < 100
+    state = json.loads((tmp_path / "run" / "checkpoint-00000006" / "state.json").read_text())
+    assert state["scaler"]["scale"] <= 65536
+    (tmp_path / "run" / "checkpoint-00000012" / "state.json").write_text("{")
+    assert run_cli(*common, "--out", tmp_path / "run", "--resume")[0] == 0
+    assert [row["loss"] for row in _rows(tmp_path / "run")] == losses
+    for method in ("q-galore", "lomo"):
+        code, _, err = run_cli(*common[:-3], "--method", method, "--out", tmp_path / "other")
+        assert (code, "amp-fp16" in err or "clip" in err) == (2, True), err
+
+
+def test_an_overflow_leaves_the_update_out(tiny: str) -> None:
+    plan = small(tiny, "full", dtype="amp-fp16")
+    model, optimizer = build(plan)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = [p.detach().clone() for p in model.parameters()]
+    training_step(model, optimizer, [synthetic.random_batch(plan, CPU)], plan, scaler=scaler)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert scaler.get_scale() == 2.0**39
+    assert optimizer.clock.update == 0
+
+
+def _rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]

@@ -34,7 +34,8 @@ def command(
         int | None, typer.Option(help="Updates of linear warmup. [a tenth]", show_default=False)
     ] = None,
     schedule: Annotated[
-        str | None, typer.Option(help="cosine, linear or constant. [cosine]", show_default=False)
+        str | None,
+        typer.Option(help="cosine, linear, wsd or constant. [cosine]", show_default=False),
     ] = None,
     clip: Annotated[
         float | None, typer.Option(help="Gradient norm limit, 0 is off. [0]", show_default=False)

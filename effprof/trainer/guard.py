@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -17,29 +18,34 @@ from effprof.trainer.data import Batch
 ON_NAN = ("stop", "skip", "rollback")
 WINDOW = 64  # losses that say what is usual
 _FEWEST = 16
-_DEVIATIONS = 8.0  # of the usual spread, above the usual loss
+_DEVIATIONS = 8.0  # of the usual noise, above the usual loss
 _LEAST = 0.5  # nats: a run that hardly moves has no spikes of hundredths
 
 
 class Guard:
     """Knows the last losses. Its state is a list of numbers.
 
-    A spike is a loss more than eight times the usual spread (1.4826 × the median absolute
-    deviation) and half a nat above the median of the last 64.
+    A spike is a loss half a nat, and eight times the usual noise (1.4826 / √2 × the median of the
+    absolute steps from one to the next), above the median of the last 64.
     """
 
     def __init__(self) -> None:
         self.losses: list[float] = []
 
-    def judge(self, numbers: Mapping[str, float]) -> str:
-        """``nan``, ``spike`` or nothing, of an update's loss and gradient norm."""
+    def judge(self, numbers: Mapping[str, float], *, scaled: bool) -> str:
+        """``nan``, ``spike`` or nothing, of an update's loss and gradient norm.
+
+        ``scaled`` losses overflow in backward now and then: their scaler leaves that update out.
+        """
         loss = numbers["loss"]
-        if not all(map(math.isfinite, (loss, numbers.get("grad_norm", 0.0)))):
+        norm = 0.0 if scaled else numbers.get("grad_norm", 0.0)
+        if not math.isfinite(loss) or not math.isfinite(norm):
             return "nan"
         spike = False
         if len(self.losses) >= _FEWEST:
             median = statistics.median(self.losses)
-            spread = 1.4826 * statistics.median(abs(one - median) for one in self.losses)
+            steps = (abs(b - a) for a, b in itertools.pairwise(self.losses))
+            spread = 1.4826 * statistics.median(steps) / math.sqrt(2)
             spike = loss > median + max(_DEVIATIONS * spread, _LEAST)
         self.losses = [*self.losses, loss][-WINDOW:]
         return "spike" if spike else ""

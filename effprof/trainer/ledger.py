@@ -28,7 +28,7 @@ class Ledger:
         """
         session = self.session
         numbers = pending.read()
-        verdict = session.guard.judge(numbers)
+        verdict = session.guard.judge(numbers, scaled=session.scaler is not None)
         seconds = pending.ended - max(self._ready, pending.began)
         self._ready = pending.ended
         self.waited += pending.known["data_seconds"]

@@ -110,6 +110,7 @@ class Loop:
             drawn.batches,
             session.plan,
             before_update=self.before_update,
+            scaler=session.scaler,
         )
         if self.update_norm is not None:
             self.numbers["update_norm"] = self.update_norm.end()

@@ -17,6 +17,8 @@ from effprof.errors import EffprofError, UsageError, unknown
 from effprof.files import to_toml, write_whole
 from effprof.model import nearest_size
 from effprof.plan import Plan, flag
+from effprof.registry import INTEGERS
+from effprof.step import work_out
 from effprof.trainer import checkpoint, guard, schedule
 from effprof.trainer.checkpoint import Keep
 
@@ -145,11 +147,13 @@ def _checked(name: str, value: Any) -> Any:
 
 def _check_plan(plan: Plan, clip: float) -> None:
     """What a plan may say for an estimate and a run cannot do, or would ignore."""
-    if plan.compute_dtype == "fp16":
+    if plan.dtype == "fp16":
         raise UsageError(
-            f"--dtype {plan.dtype} needs loss scaling, which this version does not do.",
-            "Use --dtype amp-bf16 or fp32.",
+            "--dtype fp16 cannot be trained: gradients of fp16 weights are not unscaled.",
+            "Use --dtype amp-fp16, which scales the loss.",
         )
+    if plan.dtype == "amp-fp16":
+        _check_scaling(plan)
     if plan.per_layer_update and clip:
         raise UsageError(
             f"--clip {clip} needs every gradient at once, and --per-layer-update frees each one.",
@@ -164,6 +168,23 @@ def _check_plan(plan: Plan, clip: float) -> None:
         raise UsageError(
             f"--gpu {plan.gpu} has no effect on a run: it uses the GPU that is here.",
             "Leave --gpu out.",
+        )
+
+
+def _check_scaling(plan: Plan) -> None:
+    """Raise UsageError where gradients cannot be unscaled before they are used."""
+    if plan.per_layer_update:
+        raise UsageError(
+            "--dtype amp-fp16 does not go with --per-layer-update: a scaled gradient is used in "
+            "backward.",
+            "Use --dtype amp-bf16.",
+        )
+    tensors = [tensor for unit, _ in work_out(plan).units() for tensor in unit.tensors]
+    if any(tensor.trainable and tensor.dtype in INTEGERS for tensor in tensors):
+        raise UsageError(
+            f"--dtype amp-fp16 does not go with {plan.method}: gradients of integers are not "
+            f"unscaled.",
+            "Use --dtype amp-bf16.",
         )
 
 

@@ -77,6 +77,9 @@ class Session:
         self.optimizer: MethodOptimizer
         self.model, self.optimizer = build(self.plan, str(device), lr=run.lr, seed=run.seed)
         self.optimizer.clock.total_updates = run.steps
+        # Cards without bf16: gradients below fp16's least number are lost unless they are scaled.
+        scaled = self.plan.dtype == "amp-fp16"
+        self.scaler = torch.amp.GradScaler(device.type) if scaled else None
         self.guard = Guard()
         self.progress = Progress()
 
@@ -121,6 +124,7 @@ class Session:
             **dataclasses.asdict(self.progress),
             "data": self.feed.state_dict(),
             "losses": self.guard.losses,
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "corpus": self.fingerprint,
             "run": self.run.identity(),
         }
@@ -135,6 +139,8 @@ class Session:
         checkpoint.restore(path, state, self.model, self.optimizer)
         self.feed.load_state_dict(state["data"])
         self.guard.losses = list(state["losses"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
         names = (one.name for one in dataclasses.fields(Progress))
         self.progress = Progress(**{name: state[name] for name in names})
 

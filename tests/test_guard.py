@@ -1,0 +1,162 @@
+"""Losses that are no number: stopped at, skipped, or rolled back from; and losses that leap."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import run_cli
+from safetensors.torch import load_file
+
+from effprof.trainer import loop
+from effprof.trainer.guard import Guard
+
+SMALL = ("--micro-batch", "2", "--seq-len", "32", "--dtype", "fp32", "--device", "cpu")
+
+
+def train(out: Path, tiny: str, texts: Path, *more: str) -> tuple[int, str]:
+    flags = ("--model", tiny, "--data", texts, "--out", out, *SMALL, "--lr", "1e-3", *more)
+    code, _, err = run_cli("train", *flags)
+    return code, err
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seventh draw of the data makes a gradient, and so a loss, that is no number."""
+    step = loop.training_step
+
+    def training_step(
+        model: Any, optimizer: Any, batches: Any, plan: Any, *, before_update: Any, **more: Any
+    ) -> Any:
+        def poison(loss: Any) -> bool:
+            if training_step.draw == 7:  # type: ignore[attr-defined]
+                loss.fill_(float("nan"))
+                next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("nan"))
+            return bool(before_update(loss))
+
+        return step(model, optimizer, batches, plan, before_update=poison, **more)
+
+    update = loop.Loop.update
+
+    def counted(self: loop.Loop) -> Any:
+        progress = self.session.progress
+        draw = progress.draws + 1
+        while draw in progress.dropped:
+            draw += 1
+        training_step.draw = draw  # type: ignore[attr-defined]
+        return update(self)
+
+    monkeypatch.setattr(loop, "training_step", training_step)
+    monkeypatch.setattr(loop.Loop, "update", counted)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_stop_keeps_the_checkpoint_before(tiny: str, texts: Path, tmp_path: Path) -> None:
+    code, err = train(tmp_path / "run", tiny, texts, "--steps", "12", "--save-every", "3")
+    assert code == 1
+    assert "nan at step 7" in err
+    assert "checkpoint of step 6 is kept" in err
+    assert (tmp_path / "run" / "checkpoint-00000006").is_dir()
+    (tensors,) = (tmp_path / "run" / "incidents").glob("step-00000007-nan.safetensors")
+    assert load_file(tensors)["0.ids"].shape == (2, 32)
+    assert json.loads(tensors.with_suffix(".json").read_text())["draw"] == 7
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_skip_leaves_the_update_out(tiny: str, texts: Path, tmp_path: Path) -> None:
+    code, err = train(tmp_path / "run", tiny, texts, "--steps", "12", "--on-nan", "skip")
+    assert code == 0, err
+    found = rows(tmp_path / "run")
+    assert [row["step"] for row in found] == list(range(1, 13))
+    assert found[6]["loss"] is None
+    assert found[6]["verdict"] == "nan"
+    assert all(row["loss"] < 8 for row in found if row["step"] != 7)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_rollback_goes_on_without_the_batch(
+    tiny: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the checkpoint before it, to the very run that never drew it; again after a resume."""
+    more = ("--steps", "12", "--save-every", "4", "--on-nan", "rollback")
+    code, err = train(tmp_path / "run", tiny, texts, *more)
+    assert code == 0, err
+    assert "Back at step 4" in err
+    found = [row["loss"] for row in rows(tmp_path / "run")]
+    assert len(found) == 12
+    (tmp_path / "run" / "checkpoint-00000012" / "state.json").write_text("{")
+    assert train(tmp_path / "run", tiny, texts, *more, "--resume")[0] == 0
+    assert [row["loss"] for row in rows(tmp_path / "run")] == found
+    monkeypatch.undo()
+    session = loop.Session.__init__
+
+    def without(self: Any, *arguments: Any) -> None:
+        session(self, *arguments)
+        self.progress.dropped = [7]
+
+    monkeypatch.setattr(loop.Session, "__init__", without)
+    assert train(tmp_path / "never", tiny, texts, *more)[0] == 0
+    assert [row["loss"] for row in rows(tmp_path / "never")] == found
+
+
+def test_a_run_that_cannot_go_on_gives_up(tiny: str, texts: Path, tmp_path: Path) -> None:
+    more = ("--steps", "50", "--lr", "1e18", "--warmup", "0")
+    for policy in ("skip", "rollback"):
+        code, err = train(tmp_path / policy, tiny, texts, *more, "--on-nan", policy)
+        assert code == 1
+        assert "no longer finite" in err or "The loss is" in err
+
+
+def test_skip_is_refused_where_weights_have_moved(tiny: str, texts: Path, tmp_path: Path) -> None:
+    more = ("--steps", "5", "--per-layer-update", "--on-nan", "skip")
+    code, err = train(tmp_path / "run", tiny, texts, *more)
+    assert (code, "rollback" in err) == (2, True)
+
+
+def test_a_spike_is_one_loss_far_above_the_last() -> None:
+    torch.manual_seed(0)
+    guard = Guard()
+    for update in range(200):
+        loss = 6 - update / 100 + 0.05 * float(torch.randn(()))
+        assert guard.judge({"loss": loss}, scaled=False) == ""
+    assert guard.judge({"loss": 5.5}, scaled=False) == "spike"
+    assert guard.judge({"loss": float("nan")}, scaled=False) == "nan"
+    assert guard.judge({"loss": 4.0, "grad_norm": float("inf")}, scaled=False) == "nan"
+    assert guard.judge({"loss": 4.0, "grad_norm": float("inf")}, scaled=True) == ""
+
+
+def test_norms_are_logged(tiny: str, texts: Path, tmp_path: Path) -> None:
+    """The update's norm is that of the difference of two checkpoints' weights."""
+    more = ("--steps", "4", "--save-every", "1", "--keep-last", "4", "--log-norms")
+    assert train(tmp_path / "run", tiny, texts, *more)[0] == 0
+    found = rows(tmp_path / "run")
+    weights = [
+        load_file(tmp_path / "run" / f"checkpoint-{step:08d}" / "model.safetensors")
+        for step in (2, 3)
+    ]
+    names = [name for name in weights[0] if "inv_freq" not in name]
+    squares = [(weights[1][n] - weights[0][n]).square().sum() for n in names]
+    expected = float(sum(squares, torch.zeros(())).sqrt())
+    assert found[2]["update_norm"] == pytest.approx(expected, rel=1e-4)
+    assert found[2]["grad_norm"] > 0
+
+
+def test_a_sampled_norm_is_near_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    from effprof.trainer import norms
+
+    monkeypatch.setattr(norms, "SAMPLE", 2**12)
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(500, 300))
+    before = weight.detach().clone()
+    norm = norms.UpdateNorm([weight])
+    norm.begin()
+    assert sum(part.numel() for part in norm._before) <= 2**12
+    weight.data.add_(torch.randn(500, 300), alpha=0.01)
+    assert float(norm.end()) == pytest.approx(float((weight.detach() - before).norm()), rel=0.05)
