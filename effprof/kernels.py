@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 _FLASH_HEAD_DIM = 256  # the widest head that flash attention takes
 _FLASH_FROM, _BF16_FROM = 8.0, 8.0  # compute capability
-_UNSORTED_INDICES = 3072  # embedding's backward sorts more indices than these
+UNSORTED_INDICES = 3072  # embedding's backward sorts more indices than these
 _PER_SEGMENT = 10  # NROWS_PER_THREAD
 
 
@@ -70,7 +70,7 @@ class Attention:
 
 def embedding_backward(positions: int, vocab: int, hidden: int) -> tuple[tuple[int, str], ...]:
     """(bytes, label) beside an embedding's gradient, were every token another one."""
-    if positions <= _UNSORTED_INDICES:
+    if positions <= UNSORTED_INDICES:
         return ()
     distinct = min(positions, vocab)
     segments = distinct + (positions - distinct) // _PER_SEGMENT

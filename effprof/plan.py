@@ -5,6 +5,7 @@ Every common flag is a field of the same name.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -446,6 +447,18 @@ class Plan:
     @property
     def amp(self) -> bool:
         return self.dtype.startswith("amp-")
+
+    def with_batch(self, micro_batch: int, grad_accum: int) -> Plan:
+        """The same plan at another batch; nothing else that is resolved depends on it.
+
+        Raises UsageError where the plan does not take it.
+        """
+        found = copy.copy(self)
+        found._set("micro_batch", micro_batch)
+        found._set("grad_accum", grad_accum)
+        found._set("global_batch", micro_batch * grad_accum * self.gpus)
+        found._check_per_layer()
+        return found
 
     def as_dict(self) -> dict[str, Any]:
         """Every flag by its name, resolved; ``Plan(**plan.as_dict())`` is the same plan."""

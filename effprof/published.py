@@ -62,6 +62,7 @@ class Lineage(NamedTuple):
     title: str
     batch: int = 0
     k: tuple[int, int] | None = None
+    benchmark: bool = False  # whether it is arXiv 2505.22922's, on which effprof stands
 
 
 def everything() -> tuple[Published, ...]:

@@ -16,6 +16,7 @@ from effprof.errors import EffprofError, UsageError, unknown
 COMMANDS = (
     "estimate",
     "compare",
+    "recommend",
     "trace",
     "probe",
     "validate",

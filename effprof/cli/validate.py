@@ -31,6 +31,9 @@ def command(
     plans: Annotated[
         Path | None, typer.Option(help="Plans as .json, .jsonl or .toml ([[plan]]).")
     ] = None,
+    last: Annotated[
+        bool, typer.Option("--last", help="The plan that was last recommended.")
+    ] = False,
     replay: Annotated[
         list[Path] | None,
         typer.Option(help="A recording in place of a run; may be given several times."),
@@ -62,7 +65,7 @@ def command(
         )
     if replay:
         refuse(flags, tuple(flags), "a replay: recordings hold their plans")
-        running = {"plans": plans, "store": store, **durations}
+        running = {"plans": plans, "last": last or None, "store": store, **durations}
         for name in (name for name, value in running.items() if value is not None):
             raise UsageError(
                 f"{flag(name)} has no effect with --replay.", f"Leave {flag(name)} out."
@@ -79,7 +82,7 @@ def command(
 
     asked: Any = {name: value for name, value in durations.items() if value is not None}
     habits = checked(Habits(**asked, labelled=tape))
-    wanted = _plans(flags, plans)
+    wanted = _last(flags, plans) if last else _plans(flags, plans)
     number = iter(range(1, len(wanted) + 1))
 
     def told(result: Comparison, left: float) -> None:
@@ -96,6 +99,19 @@ def command(
         wanted, habits, tolerance=tolerance, calibrated=calibration, named=tape, on_result=told
     )
     return _report(validation, as_json=as_json)
+
+
+def _last(flags: Mapping[str, Any], plans: Path | None) -> list[Any]:
+    """The plan of the last recommendation. Raises UsageError, NoDeviceError."""
+    refuse(flags, tuple(flags), "--last: the recommendation is whole")
+    if plans is not None:
+        raise UsageError("--last and --plans both name plans.", "Give one of them.")
+    from effprof.recommender import last
+    from effprof.trainer.build import resolve_device
+
+    found = last.plan()
+    resolve_device(found.device, found.allocator)
+    return [found]
 
 
 def _plans(flags: Mapping[str, Any], plans: Path | None) -> list[Any]:

@@ -66,7 +66,7 @@ class Run:
         self.number = 0
         if self.plan.per_layer_update:
             self.by_leaf = {id(leaf): cell for cell in self.cells for leaf in cell.leaves}
-            graph.on_gradient = self._update_in_backward
+            graph.on_gradient = self.update_in_backward
         # cuBLAS keeps one workspace per handle, and backward's thread has a handle of its own.
         threads = ("forward", "backward") if self.plan.device == "cuda" else ()
         self.workspaces = [
@@ -75,7 +75,6 @@ class Run:
 
     def update(self, kind: str, number: int) -> None:
         """The optimizer update of that number: its micro-steps, the step, zero_grad, a restart."""
-        graph, tape = self.graph, self.graph.tape
         self.number = number
         self._activate()
         if number and getattr(self.plan.halves.update, "ACTIVE_STATE", False):
@@ -83,20 +82,37 @@ class Run:
                 if cell.active:
                     self._allocate_state(cell)
         for _ in range(min(self.plan.grad_accum, 2)):  # a first and a later micro-step say it all
-            self._micro_step(kind)
+            self.micro_step(kind)
         self._before_step(kind)
-        tape.mark(kind, "update")
+        self.apply(kind)
+        if self.plan.zero_grad == "none":
+            for _, leaf in self._parameters():
+                leaf.gradient = None
+
+    def place_gradients(self) -> None:
+        """Every gradient that is not there, as a backward before would have left it."""
+        for name, unit in self.step.placed:
+            for tensor in unit.tensors:
+                leaf = self.decoder.weights[name][tensor.name].node
+                if isinstance(leaf, Leaf) and leaf.gradient is None:
+                    size = self.step.gradient_bytes(tensor)
+                    leaf.gradient = self.graph.allocate(size, 1, leaf.label, "gradients")
+
+    def place_states(self) -> None:
+        """Every optimizer state, as the first update leaves it."""
+        for cell in self.cells:
+            self._allocate_state(cell)
+
+    def apply(self, kind: str) -> None:
+        """The step and a restart, with every gradient there is."""
+        self.graph.tape.mark(kind, "update")
         if not self.plan.per_layer_update:
-            graph.module = "optimizer."
             self._hosted_update()
             for cell in self.cells:
                 if cell.active and not cell.trained.hosted:
                     self._own_update(cell, kind)
         self._restart(kind)
-        graph.module = ""
-        if self.plan.zero_grad == "none":
-            for _, leaf in self._parameters():
-                leaf.gradient = None
+        self.graph.module = ""
 
     def evaluate(self) -> None:
         """A validation batch between updates: states are held, nothing is kept for a backward."""
@@ -158,7 +174,7 @@ class Run:
         values = [v for weights in self.decoder.weights.values() for v in weights.values()]
         return [(value, value.node) for value in values if isinstance(value.node, Leaf)]
 
-    def _micro_step(self, kind: str) -> None:
+    def micro_step(self, kind: str) -> None:
         """Forward and backward.
 
         What ran before with gradients as they are now is repeated event by event.
@@ -212,16 +228,17 @@ class Run:
         for leaf, (index, numel, size) in zip(fresh, recording.gradients, strict=True):
             leaf.gradient = Value(Storage(graph, index + offset, numel * size), numel, size)
 
-    def _update_in_backward(self, leaf: Leaf) -> None:
+    def update_in_backward(self, leaf: Leaf) -> None:
         """What ``--per-layer-update`` does when a gradient is complete: update, and free it."""
         cell = self.by_leaf.get(id(leaf))
         if cell is None or any(one.gradient is None for one in cell.leaves):
             return
         graph = self.graph
-        outer, graph.module = graph.module, "optimizer."
-        recording, graph.recording = graph.recording, False
+        outer, recording = graph.module, graph.recording
+        graph.recording = False
         if cell.trained.hosted:
             self._allocate_state(cell)
+            graph.module = f"optimizer.{cell.name}."
             self._hold(cell.trained.transient.get(self.plan.optimizer_impl, ()))
         else:
             self._own_update(cell, "")
@@ -259,16 +276,19 @@ class Run:
         hosted = [cell for cell in self.cells if cell.active and cell.trained.hosted]
         for cell in hosted:
             self._allocate_state(cell)
-        if self.plan.optimizer_impl == "foreach":
-            held = [v for c in hosted for v in self._temporaries(c.trained.transient["foreach"])]
-            del held
-        else:
-            for cell in hosted:
-                self._hold(cell.trained.transient.get(self.plan.optimizer_impl, ()))
+        held = []
+        for cell in hosted:
+            self.graph.module = f"optimizer.{cell.name}."
+            tensors = cell.trained.transient.get(self.plan.optimizer_impl, ())
+            made = self._temporaries(tensors)
+            if self.plan.optimizer_impl == "foreach":
+                held += made
+            del made
 
     def _own_update(self, cell: _Cell, kind: str) -> None:
         """A half's own function, phase by phase; in backward (no kind) phases are not marked."""
         self._allocate_state(cell)
+        self.graph.module = f"optimizer.{cell.name}."
         tape, trained = self.graph.tape, cell.trained
         half, settings = self.plan.recipe.half(covered=trained.covered)
         for phase in phases(half, settings, self.number):

@@ -65,6 +65,15 @@ def work(step: Step, tape: Tape, card: Gpu) -> dict[str, Work]:
     """
     found = {name: Work() for name in ("forward", "backward", "update", "refresh")}
     _traffic(step, tape, found)
+    multiply(step, card, found)
+    for name in ("forward", "backward"):
+        _repeat(found[name], step.plan.grad_accum)
+    rewrite(step, found)
+    return found
+
+
+def multiply(step: Step, card: Gpu, found: dict[str, Work]) -> None:
+    """Add the products and the attention of one micro-step to its phases."""
     plan, tokens = step.plan, step.plan.positions
     forward = [one for unit, times in step.units() for one in _forward(step, unit, tokens, times)]
     backward = [one for unit, times in step.units() for one in _backward(step, unit, tokens, times)]
@@ -81,11 +90,8 @@ def work(step: Step, tape: Tape, card: Gpu) -> dict[str, Work]:
         backward += _recomputed(step, tokens)
         again = 1.0
     _attend(step, card, found, attention, again)
-    for name, products in (("forward", forward), ("backward", backward)):
-        found[name].products += products
-        _repeat(found[name], plan.grad_accum)
-    _update(step, found)
-    return found
+    found["forward"].products += forward
+    found["backward"].products += backward
 
 
 def _repeat(one: Work, times: int) -> None:
@@ -176,19 +182,21 @@ def _traffic(step: Step, tape: Tape, found: dict[str, Work]) -> None:
         for storage, size in tape.events[start:end]:
             if size <= 0:
                 continue
-            one.kernels += scale
-            if tape.roles[storage] == "gradients" or _operation(tape, storage) in _PRODUCTS:
-                continue
-            one.traffic += scale * TRAFFIC * size
-            if size >= MAPPED:
-                one.fresh += scale * size
+            add_kernel(one, tape, storage, size, scale)
 
 
-def _operation(tape: Tape, storage: int) -> str:
-    return tape.labels[storage].rpartition(".")[2]
+def add_kernel(one: Work, tape: Tape, storage: int, size: int, times: float = 1.0) -> None:
+    """The kernel that allocated ``size`` bytes; a product's traffic is with its FLOPs."""
+    one.kernels += times
+    operation = tape.labels[storage].rpartition(".")[2]
+    if tape.roles[storage] == "gradients" or operation in _PRODUCTS:
+        return
+    one.traffic += times * TRAFFIC * size
+    if size >= MAPPED:
+        one.fresh += times * size
 
 
-def _update(step: Step, found: dict[str, Work]) -> None:
+def rewrite(step: Step, found: dict[str, Work]) -> None:
     """What the update reads and writes of weights, gradients and states, and its products."""
     plan, turns = step.plan, len(step.turns) or 1
     one, refresh = found["update"], found["refresh"]

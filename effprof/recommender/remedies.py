@@ -1,0 +1,86 @@
+"""What makes a plan fit that does not: a larger card, several, shorter rows, a smaller model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from effprof import gpus
+from effprof.errors import UsageError
+from effprof.estimator.estimate import estimate
+from effprof.gpus import Gpu
+from effprof.model import architecture, presets
+from effprof.plan import Plan, from_dict
+from effprof.recommender.choice import Limits
+from effprof.recommender.space import Space
+from effprof.units import gib
+
+_LENGTHS = (2, 4, 8)  # what a row's length is divided by
+_CARDS = (2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A flag that makes it fit, and what the process takes with it, in bytes per GPU."""
+
+    flag: str
+    total: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {"flag": self.flag, "total": self.total}
+
+
+def remedies(space: Space, smallest: Plan, card: Gpu, limits: Limits) -> list[Remedy]:
+    """For each kind of change the smallest that works, estimated in full."""
+    found = []
+    for change in (_card(smallest, limits), *_changes(space, smallest, card, limits)):
+        if change is not None:
+            found.append(change)
+    return found
+
+
+def _card(plan: Plan, limits: Limits) -> Remedy | None:
+    """The smallest common card that holds the plan with the same margin."""
+    for card in gpus.common():
+        total = estimate(plan, card=card).total
+        if total <= card.memory * (1 - limits.margin):
+            return Remedy(f"--gpu {card.name}", total)
+    return None
+
+
+def _changes(space: Space, plan: Plan, card: Gpu, limits: Limits) -> Iterator[Remedy | None]:
+    values = {**plan.as_dict(), "global_batch": None}
+    shards = ({"gpus": n, "parallel": "fsdp"} for n in _CARDS if n > plan.gpus)
+    yield _first(values, shards, card, limits, lambda one: f"--gpus {one['gpus']} --parallel fsdp")
+    rows = ({"seq_len": plan.seq_len // n} for n in _LENGTHS if plan.seq_len // n >= 32)
+    yield _first(values, rows, card, limits, lambda one: f"--seq-len {one['seq_len']}")
+    kind, own = plan.architecture.model_type, plan.architecture.parameters
+    smaller = [name for name in presets() if architecture(name).parameters < own]
+    smaller = [name for name in smaller if architecture(name).model_type == kind]
+    ordered = sorted(smaller, key=lambda name: -architecture(name).parameters)
+    fresh = {key: values[key] for key in values if key not in _SIZED}
+    models = ({"model": name} for name in ordered)
+    yield _first(fresh, models, card, limits, lambda one: f"--model {one['model']}")
+
+
+_SIZED = ("rank", "settings", "update_settings", "gpu")
+
+
+def _first(
+    values: dict[str, Any], changes: Any, card: Gpu, limits: Limits, spelled: Any
+) -> Remedy | None:
+    for change in changes:
+        try:
+            total = estimate(from_dict({**values, **change}), card=card).total
+        except UsageError:
+            continue
+        if total <= limits.memory:
+            return Remedy(spelled(change), total)
+    return None
+
+
+def told(remedy: Remedy) -> str:
+    """One line for people."""
+    return f"{remedy.flag}: {gib(remedy.total, 1)}"

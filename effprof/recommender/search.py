@@ -1,0 +1,281 @@
+"""Every plan of a space with its memory and time: arrays, over what ``instants`` counts once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from effprof.errors import UsageError
+from effprof.estimator.flops import flops
+from effprof.estimator.memory import memory
+from effprof.estimator.time import Rates, rates_of, time, unknown
+from effprof.gpus import Gpu
+from effprof.kernels import UNSORTED_INDICES
+from effprof.plan import Plan, from_dict
+from effprof.recommender.instants import Held, held, passage, regular
+from effprof.recommender.space import Candidate, Space
+from effprof.step import Step, work_out
+
+Numbers = npt.NDArray[np.float64]
+Told = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How activations are kept, on which batch, by which allocator."""
+
+    checkpointing: str
+    loss: str
+    micro_batch: int
+    grad_accum: int
+    allocator: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """One row per plan. ``memory`` is peak_allocated in bytes, ``seconds`` of one position on one
+    GPU (NaN where the time is not known), ``own_batch`` whether an update has the rows asked for.
+    """
+
+    space: Space
+    candidates: Sequence[Candidate]
+    forms: Sequence[Form]
+    candidate: npt.NDArray[np.int64]
+    form: npt.NDArray[np.int64]
+    memory: Numbers
+    seconds: Numbers
+    perplexity: Numbers
+    own_batch: npt.NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.memory)
+
+    def plan(self, row: int) -> Plan:
+        """The plan of a row, checked as any other."""
+        candidate, form = self.candidates[self.candidate[row]], self.forms[self.form[row]]
+        settings = {**self.space.values.get("settings", {}), **candidate.given.get("settings", {})}
+        return from_dict(
+            {
+                **self.space.values,
+                **candidate.given,
+                **vars(form),
+                "settings": settings,
+                "global_batch": None,
+            }
+        )
+
+
+def search(
+    space: Space,
+    candidates: Sequence[Candidate],
+    card: Gpu,
+    told: Told = lambda done, total: None,
+) -> Found:
+    """Evaluate every plan of the space. ``told`` has how many candidates are done, of all.
+
+    Raises UsageError where no plan is left.
+    """
+    run = _Search(space, card)
+    for done, candidate in enumerate(candidates):
+        told(done, len(candidates))
+        run.add(done, candidate)
+    if not run.rows:
+        raise UsageError("No plan takes these flags.", "Leave some of them out.")
+    index, form, sizes, seconds = (np.concatenate(column) for column in zip(*run.rows, strict=True))
+    forms = list(run.forms)
+    batch = np.array([one.micro_batch * one.grad_accum * space.gpus for one in forms])
+    known = [np.nan if one.perplexity is None else one.perplexity for one in candidates]
+    return Found(
+        space,
+        candidates,
+        forms,
+        index,
+        form,
+        sizes,
+        seconds,
+        np.array(known, np.float64)[index],
+        batch[form] == space.global_batch,
+    )
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """A way of passing at any micro-batch: bytes by allocator × batch, seconds by batch."""
+
+    peak: Numbers
+    completed: Mapping[str, Numbers]
+    seconds: Numbers
+
+
+class _Search:
+    """Rows as they are found: arrays of (candidate, form, bytes, seconds per position)."""
+
+    def __init__(self, space: Space, card: Gpu) -> None:
+        self.space, self.card = space, card
+        self.allocators, self.batches = space.allocators(), space.batches()
+        self.rows: list[tuple[Numbers, ...]] = []
+        self.forms: dict[Form, int] = {}
+        self._variants: dict[Any, Plan | None] = {}
+        self._curves: dict[Any, _Curve] = {}
+
+    def add(self, number: int, candidate: Candidate) -> None:
+        """Every form of one candidate."""
+        plan, space = candidate.plan, self.space
+        quick, layers = regular(plan), _fingerprint(candidate.step)
+        rates = None if unknown(self.card, plan) else rates_of(self.card, plan)
+        kept = held(candidate.step, self.card, rates, self.allocators) if quick else None
+        for way in itertools.product(space.open("checkpointing"), space.open("loss")):
+            variant = self._variant(layers, candidate, *way)
+            for accumulates, batches in _batches(space, plan) if variant else ():
+                assert variant is not None
+                if kept is None:
+                    self._replay(number, variant, batches)
+                    continue
+                fresh = not (accumulates or plan.per_layer_update or plan.zero_grad == "zero")
+                curve = self._curve(layers, variant, rates, fresh=fresh)
+                places = [self._place(size) for size, _ in batches]
+                sizes = _together(curve, kept, fresh=fresh)[:, places]
+                micro, often = np.array(batches).T
+                took = curve.seconds[places] * often + kept.seconds
+                took /= micro * often * space.gpus * plan.seq_len
+                self._append(number, variant, batches, sizes, took if rates else took * np.nan)
+
+    def _variant(
+        self, layers: Any, candidate: Candidate, checkpointing: str, loss: str
+    ) -> Plan | None:
+        """The candidate's plan with activations kept in that way; None where it cannot."""
+        key = (layers, checkpointing, loss)
+        if key not in self._variants:
+            values = {**candidate.plan.as_dict(), "checkpointing": checkpointing, "loss": loss}
+            try:
+                self._variants[key] = from_dict({**values, "per_layer_update": None})
+            except UsageError:
+                self._variants[key] = None
+        return self._variants[key]
+
+    def _place(self, micro_batch: int) -> int:
+        return next(at for at, (size, _) in enumerate(self.batches) if size == micro_batch)
+
+    def _curve(self, layers: Any, variant: Plan, rates: Rates | None, *, fresh: bool) -> _Curve:
+        """Passages at some micro-batches, the others between them. Between two samples a tape has
+        the same events, whose sizes are linear in the batch.
+        """
+        key = (layers, variant.checkpointing, variant.loss, fresh)
+        if key in self._curves:
+            return self._curves[key]
+        sizes = [size for size, _ in self.batches]
+        sampled = sizes[-1:] if fresh else _samples(variant, sizes)
+        found = [
+            passage(
+                work_out(variant.with_batch(size, 1)),
+                self.card,
+                rates,
+                self.allocators,
+                fresh=fresh,
+            )
+            for size in sampled
+        ]
+
+        def between(rows: Iterable[Sequence[float]]) -> Numbers:
+            columns = np.array(list(rows), np.float64).T
+            return np.stack([np.interp(sizes, sampled, column) for column in columns])
+
+        names = found[0].completed
+        self._curves[key] = _Curve(
+            between(one.peak for one in found),
+            {name: between(one.completed[name] for one in found) for name in names},
+            between([one.seconds] for one in found)[0],
+        )
+        return self._curves[key]
+
+    def _replay(self, number: int, plan: Plan, batches: list[tuple[int, int]]) -> None:
+        """Plans whose micro-steps differ are estimated whole."""
+        sizes, seconds = np.zeros((len(self.allocators), len(batches))), np.zeros(len(batches))
+        for at, (micro_batch, grad_accum) in enumerate(batches):
+            for row, allocator in enumerate(self.allocators):
+                values = {**plan.as_dict(), "allocator": allocator, "micro_batch": micro_batch}
+                values |= {"grad_accum": grad_accum, "global_batch": None}
+                step = work_out(from_dict(values))
+                found = memory(step, self.card)
+                took = time(step, found.tape, self.card, flops(step))
+                sizes[row, at] = found.peak.size
+                seconds[at] = np.nan if took is None else took.update / took.positions
+        self._append(number, plan, batches, sizes, seconds)
+
+    def _append(
+        self,
+        number: int,
+        plan: Plan,
+        batches: list[tuple[int, int]],
+        sizes: Numbers,
+        seconds: Numbers,
+    ) -> None:
+        for allocator, own in zip(self.allocators, sizes, strict=True):
+            forms = [
+                self.forms.setdefault(
+                    Form(plan.checkpointing, plan.loss, *batch, allocator), len(self.forms)
+                )
+                for batch in batches
+            ]
+            self.rows.append((np.full(len(forms), number), np.array(forms), own, seconds))
+
+
+def _together(curve: _Curve, kept: Held, *, fresh: bool) -> Numbers:
+    """Peaks of an update in bytes, by allocator × batch."""
+    gradients, transient = (np.array(one)[:, None] for one in (kept.gradients, kept.transient))
+    if kept.in_backward:
+        alive = np.maximum(curve.peak, transient)
+        for name, size in kept.in_backward.items():
+            alive = np.maximum(alive, curve.completed[name] + np.array(size)[:, None])
+    else:
+        passing = curve.peak if fresh else curve.peak + gradients
+        alive = np.maximum(passing, gradients + transient)
+    total: Numbers = np.array(kept.resident)[:, None] + alive
+    return total
+
+
+def _samples(plan: Plan, sizes: Sequence[int]) -> list[int]:
+    """The micro-batches between which nothing but sizes changes: embedding's backward has other
+    buffers from some positions on, and no more distinct tokens than the vocabulary.
+    """
+    edges = (UNSORTED_INDICES // plan.seq_len, plan.architecture.vocab // plan.seq_len)
+    found = {sizes[0], sizes[-1]}
+    for edge in edges:
+        below = [size for size in sizes if size <= edge]
+        found |= {*below[-1:], *sizes[len(below) : len(below) + 1]}
+    return sorted(found)
+
+
+def _batches(space: Space, plan: Plan) -> list[tuple[bool, list[tuple[int, int]]]]:
+    """Whether they accumulate, and those micro-batches with their accumulation. An update in
+    backward does not accumulate: it has fewer rows, where that is left open.
+    """
+    found = space.batches()
+    whole = [(size, times) for size, times in found if times == 1]
+    if plan.per_layer_update:
+        return [(False, [(size, 1) for size, _ in found] if space.batch_is_open else whole)]
+    return [(True, [one for one in found if one not in whole]), (False, whole)]
+
+
+_PASSED = ("forward", "backward", "backward_input", "backward_weights")
+
+
+def _fingerprint(step: Step) -> tuple[Any, ...]:
+    """What a passage depends on: the layers."""
+    plan = step.plan
+    layers = tuple(
+        (
+            unit.matrix,
+            unit.tensors,
+            unit.saved,
+            tuple((name, unit.transient.get(name)) for name in _PASSED),
+            unit.layer_half,
+        )
+        for unit in (*step.before, *step.layer, *step.after)
+    )
+    return (layers, plan.parallel, None if regular(plan) else plan.method)

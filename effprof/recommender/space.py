@@ -1,0 +1,247 @@
+"""What a recommendation chooses from: every plan that the given flags leave open."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from effprof import published, registry
+from effprof.errors import UsageError
+from effprof.estimator.quality import Quality, quality
+from effprof.model import nearest_size
+from effprof.plan import CHOICES, Plan, from_dict
+from effprof.recommender.compare import common_lineage
+from effprof.recommender.instants import regular
+from effprof.step import Step, work_out
+
+POSITIONS = 131_072  # per update, of the published runs: 512 rows of 256
+
+
+@dataclass(frozen=True)
+class Space:
+    """``values`` are a plan's fields that are given; every other axis is open.
+
+    ``ranks`` empty means a method's default, and half and twice of it where anything is published
+    of that rank; ``vary`` holds further values of methods' settings. ``named`` is whether the
+    methods were asked for by name.
+    """
+
+    values: Mapping[str, Any]
+    methods: Sequence[str]
+    ranks: Sequence[int] = ()
+    vary: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    named: bool = False
+
+    @property
+    def gpus(self) -> int:
+        return int(self.values.get("gpus", 1))
+
+    @property
+    def global_batch(self) -> int:
+        """Rows per update: as given, or as many positions as the published runs have."""
+        given = self.values.get("global_batch")
+        if given:
+            return int(given)
+        rows = int(self.values.get("micro_batch", 1)) * self.gpus
+        if "grad_accum" in self.values:
+            return rows * int(self.values["grad_accum"])
+        if "micro_batch" in self.values:
+            return rows
+        usual = POSITIONS // int(self.values.get("seq_len", Plan.seq_len))
+        return max(usual // rows, 1) * rows
+
+    @property
+    def batch_is_open(self) -> bool:
+        """Whether an update may have fewer rows, where that is what makes a plan possible."""
+        return not {"global_batch", "micro_batch", "grad_accum"} & self.values.keys()
+
+    def batches(self) -> list[tuple[int, int]]:
+        """(micro-batch, accumulation) of one update, the smallest micro-batch first. Raises
+        UsageError where the numbers do not go together.
+        """
+        rows, rest = divmod(self.global_batch, self.gpus)
+        micro, accumulation = self.values.get("micro_batch"), self.values.get("grad_accum")
+        found = [
+            (size, rows // size)
+            for size in range(1, rows + 1)
+            if rows % size == 0 and micro in (None, size) and accumulation in (None, rows // size)
+        ]
+        if rest or not found:
+            raise UsageError(
+                f"--global-batch {self.global_batch} is not made of these micro-batches and "
+                f"{self.gpus} GPUs.",
+                "Leave one of them out.",
+            )
+        return found
+
+    def open(self, name: str) -> tuple[Any, ...]:
+        """The values of an axis: the one that is given, or all there are."""
+        return (self.values[name],) if name in self.values else CHOICES[name]
+
+    def allocators(self) -> tuple[str, ...]:
+        """A CPU has one."""
+        if "allocator" in self.values:
+            return (self.values["allocator"],)
+        return ("default",) if self.values.get("device") == "cpu" else ("default", "expandable")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method with its settings, states and update: all but the batch and how activations are
+    kept. ``plan`` has one row; ``perplexity`` is what methods are ordered by, None where nothing
+    is known.
+    """
+
+    step: Step
+    given: Mapping[str, Any]
+    perplexity: float | None = None
+
+    @property
+    def plan(self) -> Plan:
+        return self.step.plan
+
+    @property
+    def recipe(self) -> tuple[Any, ...]:
+        """What decides the perplexity: plans of one recipe differ in memory and time alone."""
+        plan = self.plan
+        settings = (*sorted(plan.settings.items()), *sorted(plan.update_settings.items()))
+        return (plan.method, plan.update, settings, plan.state_dtype)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """All of a space, why methods that have none have none, whose perplexities order them, and of
+    which model where nothing is published that is like the plan.
+    """
+
+    all: Sequence[Candidate]
+    left_out: Mapping[str, str]
+    lineage: str
+    borrowed: str = ""
+
+
+def candidates(space: Space, lineage: str = "") -> Candidates:
+    """Every candidate of a space. Raises UsageError where no method takes what is given."""
+    found: list[Candidate] = []
+    left_out: dict[str, str] = {}
+    for name in space.methods:
+        try:
+            default = _default(space, name)
+            if space.named or regular(default):
+                found += _forms(space, default)
+            else:
+                left_out[name] = (
+                    "what is trained takes turns; naming them in --methods replays them"
+                )
+        except UsageError as problem:
+            left_out[name] = problem.message
+    if not found:
+        label, why = next(iter(left_out.items()))
+        raise UsageError(f"No method takes these flags; {label}: {why}", "Leave some of them out.")
+    chosen = lineage or _lineage([one.plan for one in found])
+    ordered = [_ordered(one, quality(one.plan, chosen)) for one in found]
+    if any(one.perplexity is not None for one in ordered):
+        return Candidates(ordered, left_out, chosen)
+    nearest = nearest_size(_PUBLISHED, found[0].plan.architecture.parameters)
+    twins = [_twin(one.plan, nearest) for one in found]
+    chosen = lineage or _lineage([plan for plan in twins if plan])
+    expected = [quality(plan, chosen) if plan else None for plan in twins]
+    ordered = [_ordered(one, known) for one, known in zip(found, expected, strict=True)]
+    return Candidates(ordered, left_out, chosen, nearest)
+
+
+_PUBLISHED = ("60m", "130m", "350m", "1b", "7b")  # what most papers' tables have
+
+
+def _ordered(one: Candidate, known: Quality | None) -> Candidate:
+    return dataclasses.replace(one, perplexity=known.perplexity if known else None)
+
+
+def _twin(plan: Plan, model: str) -> Plan | None:
+    """The published model's plan of the same method at its own rank."""
+    try:
+        return from_dict({"model": model, "method": plan.method, "state_dtype": plan.state_dtype})
+    except UsageError:
+        return None
+
+
+def _lineage(plans: Sequence[Plan]) -> str:
+    """The benchmark's own group of papers where it knows the default method, too: it tuned every
+    method alike. Else the group that knows most methods.
+    """
+    own = next(key for key, one in published.lineages().items() if one.benchmark)
+    firsts = {plan.method: plan for plan in reversed(plans)}
+    full = firsts.get(registry.default())
+    if full is not None and quality(full, own) is not None:
+        return own
+    return common_lineage(list(firsts.values()))
+
+
+def _forms(space: Space, default: Plan) -> Iterator[Candidate]:
+    """A method's candidates: its ranks and settings, in each precision and way of updating."""
+    seen = set()
+    for settings in _settings(space, default):
+        for form in _updates(space):
+            given = {"method": default.method, **settings, **form}
+            try:
+                step = work_out(_plan(space, given))
+            except UsageError:
+                continue  # a combination that the method does not have
+            key = str(step.plan.as_dict())
+            if key not in seen and (space.ranks or _is_known(step.plan, default)):
+                seen.add(key)
+                yield Candidate(step, given)
+
+
+def _is_known(plan: Plan, default: Plan) -> bool:
+    """Of another rank than a method's default something must be published."""
+    return plan.rank == default.rank or quality(plan) is not None
+
+
+def _default(space: Space, name: str) -> Plan:
+    """A method's plan in the first form in which it takes what is given. Raises UsageError."""
+    problem: UsageError | None = None
+    for form in ({}, *_updates(space)):
+        try:
+            return work_out(_plan(space, {"method": name, **form})).plan
+        except UsageError as one:
+            problem = problem or one
+    assert problem is not None
+    raise problem
+
+
+def _plan(space: Space, given: Mapping[str, Any]) -> Plan:
+    batch = {"micro_batch": 1, "grad_accum": 1, "global_batch": None}
+    settings = {**space.values.get("settings", {}), **given.get("settings", {})}
+    return from_dict({**space.values, **given, **batch, "settings": settings})
+
+
+def _settings(space: Space, default: Plan) -> Iterator[dict[str, Any]]:
+    """Ranks, and further values of the settings that the method has."""
+    ranks: Iterable[int | None] = (None,)
+    if default.rank is not None and "rank" not in space.values:
+        own = default.rank
+        ranks = space.ranks or sorted({own, max(own // 2, 1), own * 2})
+    named = [(key, values) for key, values in space.vary.items() if key in default.settings]
+    for rank in ranks:
+        first = {} if rank is None else {"rank": rank}
+        for values in itertools.product(*(values for _, values in named)):
+            chosen = dict(zip((key for key, _ in named), values, strict=True))
+            yield {**first, "settings": chosen} if chosen else first
+
+
+def _updates(space: Space) -> Iterator[dict[str, Any]]:
+    """Precisions of the states, updates in backward or after it, ways to shard. A form left out
+    (an AdamW that is not fused) takes more memory and more time.
+    """
+    parallel: tuple[dict[str, Any], ...] = ({},)
+    if space.gpus > 1 and "parallel" not in space.values:
+        parallel = tuple({"parallel": one} for one in CHOICES["parallel"] if one != "none")
+    for shards in parallel:
+        for state in space.open("state_dtype"):
+            yield {"state_dtype": state, **shards}
+            if "per_layer_update" not in space.values:
+                yield {"state_dtype": state, "per_layer_update": True, **shards}

@@ -1,0 +1,180 @@
+"""A recommendation in words: reasons, and the commands that a reader types next."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from effprof import registry
+from effprof.errors import UsageError
+from effprof.estimator.quality import unknown
+from effprof.plan import Plan, flag, from_dict
+from effprof.units import duration, gib
+
+if TYPE_CHECKING:
+    from effprof.gpus import Gpu
+    from effprof.recommender.choice import Choice, Limits
+    from effprof.recommender.recommend import Recommendation
+
+# What a run decides for itself, and what probing does not need.
+_UNSAID = {"train": ("gpu",), "validate": ("gpu", "tokens")}
+
+
+def title(plan: Plan) -> str:
+    """A plan's method and what sets it apart: ``galore r=512, 8-bit states, per layer``."""
+    parts = [plan.method + (f" r={plan.rank}" if plan.rank else "")]
+    usual = getattr(plan.halves.update, "STATE_DTYPE", "same")
+    if plan.state_dtype != usual:
+        parts.append("8-bit states" if plan.state_dtype == "8bit" else f"{plan.state_dtype} states")
+    if plan.per_layer_update and not plan.halves.fused_backward:
+        parts.append("per layer")
+    return ", ".join(parts)
+
+
+def batch(plan: Plan) -> str:
+    """How an update is made: ``micro-batch 16 × 32, checkpointing, chunked loss``."""
+    parts = [f"micro-batch {plan.micro_batch}"]
+    parts[0] += f" × {plan.grad_accum}" if plan.grad_accum > 1 else ""
+    parts[0] += f" × {plan.gpus} GPUs ({plan.parallel})" if plan.gpus > 1 else ""
+    parts += ["checkpointing"] if plan.checkpointing == "full" else []
+    parts += ["chunked loss"] if plan.loss == "chunked" else []
+    parts += [f"{plan.allocator} allocator"] if plan.allocator != "default" else []
+    return ", ".join(parts)
+
+
+def short(plan: Plan) -> str:
+    """The same for a table's cell."""
+    parts = [f"{plan.micro_batch} × {plan.grad_accum}"]
+    parts += [plan.parallel] if plan.gpus > 1 else []
+    parts += ["ckpt"] if plan.checkpointing == "full" else []
+    parts += ["chunked"] if plan.loss == "chunked" else []
+    return " ".join(parts)
+
+
+def reasons(found: Recommendation, best: Choice) -> list[str]:
+    """Why this plan: what does not fit, what is left free, what it is worth, how long it takes."""
+    plan, limit = best.estimate.plan, found.limits.memory
+    told = _against_full(found, best)
+    told.append(
+        f"{title(plan)} fits with {gib(limit - best.total, 1)} to spare of {gib(limit, 1)} "
+        f"at {batch(plan)}."
+    )
+    if not _as_asked(found, plan):
+        told.append(
+            f"An update has {plan.global_batch} rows, not {found.space.global_batch}: it updates "
+            f"in backward, which does not accumulate."
+        )
+    told += _worth(found, best)
+    time = best.estimate.time
+    if time is not None:
+        rate = f"{time.positions / time.update:,.0f} tokens/s"
+        spread = f" ± {100 * time.spread:.0f} %"
+        whole = f", {duration(time.run)} for the run" if time.run else ""
+        told.append(f"It takes {duration(time.update)} an update{spread}: {rate}{whole}.")
+    return told
+
+
+def _as_asked(found: Recommendation, plan: Plan) -> bool:
+    return plan.global_batch == found.space.global_batch
+
+
+def _against_full(found: Recommendation, best: Choice) -> list[str]:
+    """What became of the default method."""
+    full, limit = found.full, found.limits.memory
+    if full is None or full.estimate.plan.method == best.estimate.plan.method:
+        return []
+    name = title(full.estimate.plan)
+    if full.total > limit:
+        how = batch(full.estimate.plan)
+        return [f"{name} does not fit by {gib(full.total - limit, 1)}, even at {how}."]
+    return [f"{name} fits, too ({gib(full.total, 1)} at {batch(full.estimate.plan)})."]
+
+
+def _worth(found: Recommendation, best: Choice) -> list[str]:
+    """Its perplexity, and the default method's where the same papers have both."""
+    own, borrowed = best.estimate.quality, found.candidates.borrowed
+    if own is None:
+        why = unknown(best.estimate.plan)
+        told = f"Its perplexity is unknown: {why}."
+        if borrowed:
+            told += f" Methods are in the order of what is published for {borrowed}."
+        return [told]
+    full = found.full.estimate.quality if found.full else None
+    told = f"{own}."
+    if full and full.lineage == own.lineage and found.full and found.full.row != best.row:
+        gap = own.perplexity - full.perplexity
+        told += f" That is {abs(gap):.2f} {'above' if gap > 0 else 'below'} {registry.default()}'s."
+    return [told]
+
+
+def change(found: Recommendation) -> str:
+    """The nearest change that would lead to another answer; empty where none is known."""
+    nearest, best = found.nearest, found.best
+    if nearest is None or best is None or nearest.estimate.quality is None:
+        return ""
+    short = nearest.total - found.limits.memory
+    plan, known = nearest.estimate.plan, nearest.estimate.quality
+    if short > 0:
+        return (
+            f"With {gib(short, 1)} more, {title(plan)} would be the answer: perplexity "
+            f"{known.perplexity:.2f}, at {batch(plan)}."
+        )
+    return ""
+
+
+def unlike(closest: Choice, card: Gpu, limits: Limits) -> str:
+    """That nothing fits, and by how much."""
+    plan = closest.estimate.plan
+    return (
+        f"Nothing fits: the smallest plan, {title(plan)} at {batch(plan)}, takes "
+        f"{gib(closest.total, 1)}, {gib(closest.total - limits.memory, 1)} more than "
+        f"{gib(limits.memory, 1)}."
+    )
+
+
+def command(plan: Plan, name: str) -> str:
+    """The command line of this plan, as short as its defaults allow."""
+    left_out = _UNSAID[name]
+    wanted = {k: v for k, v in plan.as_dict().items() if v is not None and k not in left_out}
+    words = ["effprof", name]
+    given: dict[str, Any] = {}
+    for key in ("model", "method", *(k for k in wanted if k not in ("model", "method"))):
+        if key in ("settings", "update_settings"):
+            words += _settings(key, wanted, given)
+        elif key not in ("global_batch", "update_settings") and _differs(key, wanted, given):
+            given[key] = tuple(wanted[key]) if isinstance(wanted[key], list) else wanted[key]
+            words += [flag(key)] if given[key] is True else [flag(key), _text(given[key])]
+    assert from_dict(given).as_dict() == {**plan.as_dict(), **dict.fromkeys(left_out)}
+    if name == "train":
+        words += ["--out", f"runs/{Path(plan.model).stem}-{plan.method}"]
+    return shlex.join(words)
+
+
+def _differs(key: str, wanted: dict[str, Any], given: dict[str, Any]) -> bool:
+    """Whether a value is not what the plan so far has; a half-said plan may be refused."""
+    if key in ("model", "method"):
+        return True
+    if key == "rank" and wanted.get("rank") is None:
+        return False
+    try:
+        return bool(from_dict(given).as_dict()[key] != wanted[key])
+    except UsageError:
+        return True
+
+
+def _settings(key: str, wanted: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    usual = from_dict({**given, **({"rank": wanted["rank"]} if wanted.get("rank") else {})})
+    other = {k: v for k, v in wanted[key].items() if usual.as_dict()[key].get(k) != v}
+    if key == "update_settings" and wanted["method"] == wanted["update"]:
+        return []
+    if other:
+        given[key] = {k: _text(v) for k, v in other.items()}
+    prefix = "update." if key == "update_settings" else ""
+    return [word for k, v in other.items() for word in ("--set", f"{prefix}{k}={_text(v)}")]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
