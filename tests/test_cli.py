@@ -95,7 +95,7 @@ ERRORS = [
     (("train", "--model", "9m", "--steps", "5", "--lr", "nan"), "number"),
     (("train", "--model", "9m", "--steps", "5", "--lr", "0"), "default"),
     (("train", "--model", "9m", "--steps", "5", "--resume"), "--out"),
-    (("train", "--model", "9m", "--steps", "5", "--dtype", "amp-fp16"), "amp-bf16"),
+    (("train", "--model", "9m", "--steps", "5", "--dtype", "fp16"), "amp-fp16"),
     (("train", "--model", "9m", "--steps", "5", "--gpu", "t4"), "--gpu"),
     (("train", "--model", "9m", "--steps", "5", "--seed", "9" * 30), "whole number"),
 ]
