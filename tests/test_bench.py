@@ -17,11 +17,13 @@ import pandas
 import pytest
 from helpers import run_cli
 
+from effprof.bench.against import beside, curves
 from effprof.bench.cost import costs
-from effprof.bench.results import summarize
-from effprof.bench.spec import Spec, data_digest, parse, read
+from effprof.bench.results import Line, summarize
+from effprof.bench.spec import Arm, Spec, data_digest, parse, read
 from effprof.bench.study import Claim, Study
 from effprof.errors import UsageError
+from effprof.plan import Plan
 from effprof.report.bench import remarks
 
 ROOT = Path(__file__).parents[1]
@@ -280,3 +282,46 @@ def test_a_killed_bench_goes_on_without_losing_a_trial(
     code, _, said = run_cli("bench", path, "--out", out, "--steps", "9")
     assert code == 2
     assert "--steps has no effect on a spec" in said
+
+
+def line(label: str, method: str, perplexity: float, to_full: float) -> Line:
+    arm = Arm(label, Plan(model="60m", method=method), (1e-3,))
+    return Line(
+        arm, 1, 1, 0, 0, 1e-3, False, 1, perplexity, perplexity, perplexity, to_full=to_full
+    )
+
+
+def test_published_rows_stand_beside_own_with_lineage_and_bias() -> None:
+    found = beside([line("mine", "galore", 40.0, 0.1), line("f", "full", 36.0, 0.0)])
+    assert {one.arm for one in found} == {"mine"}
+    one = next(one for one in found if one.lineage == "GaLore's tables")
+    assert (one.model, one.perplexity, one.same_model) == ("60m", 34.88, True)
+    assert one.unbiased is not None
+    assert one.to_full is not None
+    # K = 400 and 100: the loss × (K + 1) / K.
+    assert one.unbiased[0] == pytest.approx(34.88 ** (401 / 400))
+    assert one.unbiased[1] == pytest.approx(34.88 ** (101 / 100))
+    assert one.to_full[0] == pytest.approx((34.88 / 34.06) ** (401 / 400) - 1)
+    # The benchmark's own 1b row has no plain full-rank run in its source: no ratio is made up.
+    (restarts,) = beside([line("r", "lowrank-restarts", 20.0, 0.0)])
+    assert (restarts.perplexity, restarts.to_full, restarts.same_model) == (15.013, None, False)
+
+
+def test_official_curves_are_corrected_and_drawn_beside_a_run(tmp_path: Path) -> None:
+    spam = next(one for one in curves() if one.run == "SPAM 60M lr1e-3 10k")
+    assert spam.logged[-1] == (999938455, 3.4201216697)
+    assert spam.corrected[-1] == (999938455, pytest.approx(3.4201216697 * 401 / 400))
+    loro = next(one for one in curves() if one.run.startswith("LORO"))
+    assert loro.k == 200
+    assert loro.logged[0][0] == 99_979_486  # its log has no tokens: as many updates' text
+    rows = [{"step": 1, "real_tokens": 5}, {"step": 2, "real_tokens": 9, "validation_loss": 4.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    picture = tmp_path / "curves.png"
+    code, out, err = run_cli("bench", "--curves", picture, "--run", tmp_path)
+    assert (code, err) == (0, "")
+    assert "1 of your runs beside 8 official ones" in out
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    code, _, err = run_cli("bench", "--curves", picture, "--run", tmp_path)
+    assert code == 2
+    assert "never validated" in err

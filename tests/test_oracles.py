@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from effprof import registry
 from effprof.model import Matrix
-from effprof.registry import Clock, Group
+from effprof.registry import Clock, Group, Layer
 from effprof.trainer import synthetic
 from effprof.trainer.build import build
 from effprof.trainer.step import forward_loss
@@ -135,7 +135,8 @@ def test_firas_limiter_holds_the_residuals_growth() -> None:
 def test_layer_is_its_dense_matrix(method: str, shape: tuple[int, int]) -> None:
     """Forward, the input's gradient and every tensor's, against autograd on W formed densely."""
     half: Any = registry.method(method).layer
-    settings = half.Settings(rank=6)
+    ranked = "rank" in registry.setting_fields(half)
+    settings = half.Settings(**({"rank": 6} if ranked else {}))
     matrix = Matrix("w", *shape, "q")
     torch.manual_seed(0)
     given = torch.randn(shape) if hasattr(half, "STARTS_DENSE") else None
@@ -167,6 +168,14 @@ def _plainly(method: str, x: Tensor, tensors: dict[str, Tensor], settings: Any) 
         return nn.functional.silu(x @ tensors["A"].t()) @ tensors["B"].t()
     if method == "q-galore":
         return x @ tensors["packed"].t()
+    if method == "velora":  # of a matrix that keeps its input
+        return x @ tensors["weight"].t()
+    if method == "mora":
+        rows, columns, length = *tensors["weight"].shape, len(tensors["M"])
+        padded = torch.cat((x, x[:, : -columns % length]), 1)
+        folded = padded.view(len(x), -1, length).sum(1) @ tensors["M"].t()
+        repeated = torch.cat([folded] * -(-rows // length), 1)[:, :rows]
+        return x @ tensors["weight"].t() + repeated
     if method == "golore":
         basis, factor = tensors["projector"], tensors["factor"]
         tall = tensors["weight"].shape[0] >= tensors["weight"].shape[1]
@@ -180,6 +189,64 @@ def _plainly(method: str, x: Tensor, tensors: dict[str, Tensor], settings: Any) 
         sparse = torch.zeros(dense.numel()).index_put(places, tensors["values"])
         dense = dense + sparse.view(dense.shape)
     return x @ dense.t()
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_moras_merge_is_the_matrix_it_multiplies_by(shape: tuple[int, int]) -> None:
+    """ReMoRA: the same function after a merge as before, M and its moments zero, warmed up."""
+    half: Any = registry.method("mora").layer
+    settings, matrix = half.Settings(rank=6, restart_every=4), Matrix("w", *shape, "q")
+    torch.manual_seed(0)
+    tensors = half.init(matrix, settings, 5, torch.randn(shape))
+    tensors["M"].normal_()
+    x = torch.randn(10, shape[1])
+    before = half.forward(x, tensors, settings)[0]
+    torch.testing.assert_close(before, x @ half.dense(tensors, settings).t(), rtol=1e-4, atol=1e-4)
+    moments = {"exp_avg": torch.ones(3)}
+    layer = Layer(matrix, tensors, {"M": Group(matrix, {}, {}, moments, age=4)}, 0)
+    clock = Clock(update=4, since_restart=4)
+    half.after_step([layer], [], clock, settings)
+    torch.testing.assert_close(half.forward(x, tensors, settings)[0], before, rtol=1e-4, atol=1e-4)
+    assert not tensors["M"].any()
+    assert not moments["exp_avg"].any()
+    assert half.lr_factor(clock, settings) == pytest.approx(0.01)
+    half.after_step([layer], [], Clock(update=5, since_restart=1), settings)
+    assert half.due(settings, 2) == (3,)
+
+
+@pytest.mark.parametrize("kind", ["v", "down"])
+def test_veloras_gradient_is_that_of_the_rebuilt_input(kind: str) -> None:
+    """As the paper and the release do it: rebuild the input from its components, then multiply; the
+    direction is the first batch's and stays.
+    """
+    half: Any = registry.method("velora").layer
+    settings, matrix = half.Settings(scale=1.5, down_subtoken=4), Matrix("w", 24, 40, kind)
+    length = {"v": 8, "down": 4}[kind]
+    torch.manual_seed(0)
+    tensors = half.init(matrix, settings, 0, torch.randn(24, 40))
+    first = torch.randn(10, 40) + 1
+    mean = first.view(-1, length).mean(0)
+    for x in (first, torch.randn(10, 40)):
+        out, saved = half.forward(x, tensors, settings)
+        torch.testing.assert_close(tensors["direction"], mean / mean.norm())
+        torch.testing.assert_close(out, x @ tensors["weight"].t())
+        gradient = torch.randn(10, 24)
+        d_x, found = half.backward(gradient, None, saved, tensors, settings)
+        parts = x.view(-1, length)
+        rebuilt = torch.outer(parts @ mean, mean).view(10, 40) / mean.square().sum()
+        expected = 1.5 * gradient.t() @ rebuilt
+        torch.testing.assert_close(found["weight"], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(d_x, gradient @ tensors["weight"])
+        assert saved[0].numel() == 10 * 40 // length
+    assert half.saved(matrix, 10, settings).input is False
+    assert half.saved(Matrix("w", 24, 40, "q"), 10, settings).input is True
+
+
+def test_a_width_without_the_wanted_sub_token_takes_the_nearest_divisor() -> None:
+    half: Any = registry.method("velora").layer
+    lengths = {1376: 16, 5461: 43, 2736: 16, 7: 7}
+    for width, length in lengths.items():
+        assert half.subtoken(Matrix("w", 8, width, "down"), half.Settings()) == length
 
 
 def test_sltrain_support_is_fixed_sorted_and_unique(tiny: str) -> None:

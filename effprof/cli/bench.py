@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from effprof.cli.flags import default_device, plan_values, refuse, with_plan_flags
-from effprof.errors import UsageError
+from effprof.errors import UsageError, unknown
+from effprof.files import write_whole
 from effprof.recommender.compare import methods_of, ranks_of
 
 if TYPE_CHECKING:
@@ -74,6 +75,18 @@ def command(
         bool, typer.Option("--dry-run", help="Say what it would take and stop.")
     ] = False,
     summary: Annotated[bool, typer.Option("--summary", help="Only print what is there.")] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(help="published: others' tables beside this one.", show_default=False),
+    ] = None,
+    curves: Annotated[
+        Path | None,
+        typer.Option(help="Draw --run beside official runs' loss curves.", show_default=False),
+    ] = None,
+    run: Annotated[
+        list[Path] | None,
+        typer.Option(help="A folder of effprof train, for --curves.", show_default=False),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,
@@ -81,6 +94,10 @@ def command(
     """Train methods on one budget of data, each with its best learning rate; an honest table."""
     from effprof.bench.spec import parse, read
 
+    if against not in (None, "published"):
+        raise unknown("--against value", str(against), ("published",))
+    if curves or run:
+        return _draw_curves(curves, run or [])
     listed = {"methods": methods, "ranks": ranks, "lrs": lrs, "lr_factors": lr_factors}
     single = {"search": search, "trials": trials, "seeds": seeds, "steps": steps, "data": data}
     given = {name: value for name, value in {**listed, **single}.items() if value is not None}
@@ -105,7 +122,7 @@ def command(
     if not summary and not as_json:
         _show_cost(asked, None, answer=False, as_json=False)
     code = 0 if summary else bench.go()
-    _show(asked, out, bench.study.rows(), as_json=as_json)
+    _show(asked, out, bench.study.rows(), against=bool(against), as_json=as_json)
     if code:
         sys.stderr.write("Interrupted; the same command goes on.\n")
     return code
@@ -146,15 +163,48 @@ def _show_cost(asked: Spec, gpu: str | None, *, answer: bool, as_json: bool) -> 
         show_costs(asked, found, answer=answer)
 
 
-def _show(asked: Spec, out: Path, rows: list[dict[str, Any]], *, as_json: bool) -> None:
+def _show(
+    asked: Spec, out: Path, rows: list[dict[str, Any]], *, against: bool, as_json: bool
+) -> None:
+    from effprof.bench.against import beside
     from effprof.bench.results import summarize
     from effprof.report.bench import document, show_bench, write_summary
     from effprof.report.bench_plots import draw
 
     lines = summarize(asked, rows)
     write_summary(out, asked, lines, rows)
-    pictures = draw(out, asked, lines, rows)
+    files = [out / "summary.md", *draw(out, asked, lines, rows)]
+    published = beside(lines) if against else []
+    if against:
+        from effprof.report.against import markdown, show_beside
+
+        files.append(out / "published.md")
+        write_whole(files[-1], markdown(published))
     if as_json:
-        print(json.dumps(document(asked, lines, rows)))
-    else:
-        show_bench(asked, lines, rows, [out / "summary.md", *pictures])
+        more = {"published": [one._asdict() for one in published]} if against else {}
+        print(json.dumps(document(asked, lines, rows) | more))
+        return
+    show_bench(asked, lines, rows, files)
+    if against:
+        show_beside(published)
+
+
+def _draw_curves(path: Path | None, runs: list[Path]) -> int:
+    """Official loss curves and one's own in one picture. Raises UsageError."""
+    from effprof.bench.against import curves, own_curve
+    from effprof.report.against import draw_curves
+    from effprof.trainer.metrics import whole_rows
+
+    if path is None or not runs:
+        raise UsageError("--curves and --run go together.", "Type --curves out.png --run runs/a.")
+    own = {}
+    for folder in runs:
+        if not (folder / "metrics.jsonl").is_file():
+            raise UsageError(f"{str(folder)!r} is no run's folder.", "Give effprof train's --out.")
+        found = own_curve([json.loads(row) for row in whole_rows(folder / "metrics.jsonl")])
+        if not found:
+            raise UsageError(f"{str(folder)!r} was never validated.", "Train with --eval-every.")
+        own[folder.name] = found
+    draw_curves(path, curves(), own)
+    print(f"{path}: {len(own)} of your runs beside {len(curves())} official ones.")
+    return 0

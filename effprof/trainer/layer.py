@@ -92,7 +92,10 @@ class MethodLinear(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)
             tensors = {
-                name: value.to(dtype) if value.is_floating_point() else value
+                # A buffer stays itself: a method may write into it, and its dtype is declared.
+                name: value.to(dtype)
+                if value.is_floating_point() and isinstance(value, nn.Parameter)
+                else value
                 for name, value in tensors.items()
             }
         with torch.autocast(x.device.type, enabled=False):
