@@ -202,6 +202,12 @@ def rates_of(card: Gpu, plan: Plan) -> Rates | None:
 
 def seconds(one: Work, rates: Rates, *, on_cpu: bool) -> float:
     """One phase. On a GPU kernels wait for the host or the host for them; a CPU does both."""
+    device, host = sides(one, rates, on_cpu=on_cpu)
+    return device + host if on_cpu else max(device, host)
+
+
+def sides(one: Work, rates: Rates, *, on_cpu: bool) -> tuple[float, float]:
+    """Seconds that a phase keeps the device busy, and the host."""
     products = sum(max(flops / rates.matmul, size / rates.traffic) for flops, size in one.products)
     device = (
         products
@@ -212,5 +218,5 @@ def seconds(one: Work, rates: Rates, *, on_cpu: bool) -> float:
     host = one.kernels * rates.dispatch
     if on_cpu:
         fresh = one.fresh / rates.fresh if rates.fresh else 0.0
-        return rates.pace * (device + fresh + host)
-    return rates.pace * max(device + one.kernels * rates.launch, host)
+        return rates.pace * (device + fresh), rates.pace * host
+    return rates.pace * (device + one.kernels * rates.launch), rates.pace * host

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from effprof.allocator import MIN_BLOCK, MIN_LARGE, ROUND_LARGE, SMALL_SIZE, Settings
 from effprof.estimator.autograd import Graph
 from effprof.estimator.memory import no_collector
-from effprof.estimator.time import Rates, seconds
+from effprof.estimator.time import Rates, seconds, sides
 from effprof.estimator.updates import Run
 from effprof.estimator.work import Work, add_kernel, multiply, rewrite
 from effprof.gpus import Gpu
@@ -32,15 +32,16 @@ _STEADY = 1  # the number of an update in which every state is there and nothing
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """One micro-step: the most bytes alive above what is held before it, under each allocator.
+    """One micro-step: the bytes alive at each instant above what is held before it, by allocator.
 
-    ``completed`` is, by parameter (layers taken together), the most alive when its gradient is
-    complete: where ``--per-layer-update`` updates it. ``seconds`` are 0 without rates.
+    ``completed`` are the instants at which a parameter's gradient is complete, layers taken
+    together: where ``--per-layer-update`` updates it. ``seconds`` are the device's and the host's,
+    forwards and backwards: four numbers, none without rates.
     """
 
-    peak: list[int]
+    alive: Sizes
     completed: dict[str, list[int]]
-    seconds: float
+    seconds: list[float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +84,13 @@ def passage(
     sections = _sections(tape, start, min(LAYERS, step.architecture.layers))
     changes = np.array([change for _, change in tape.events[start:]], np.int64)
     extra = max(step.architecture.layers - LAYERS, 0)
-    peak, completed = [], dict[str, list[int]]()
-    for number, allocator in enumerate(allocators):
-        alive = _alive(changes, sections, extra, blocks(plan, allocator))
-        peak.append(int(alive.max()))
-        for event, name in done:
-            most = completed.setdefault(name, [0] * len(allocators))
-            # The gradient itself has been freed where it was added to another.
-            most[number] = max(most[number], int(alive[max(event - start - 2, 0)]))
+    alive = [_alive(changes, sections, extra, blocks(plan, one)) for one in allocators]
+    completed: dict[str, list[int]] = {}
+    for event, name in done:  # the gradient itself has been freed where it was added to another
+        completed.setdefault(name, []).append(max(event - start - 2, 0))
     times = 1 + extra * np.isin(sections, (1, 4))
-    took = 0.0 if rates is None else _passage_seconds(step, card, rates, tape, start, times)
-    return Passage(peak, completed, took)
+    took = [] if rates is None else _passage_seconds(step, card, rates, tape, start, times)
+    return Passage(np.stack(alive), completed, took)
 
 
 def held(step: Step, card: Gpu, rates: Rates | None, allocators: Sequence[str]) -> Held:
@@ -186,7 +183,7 @@ def _alive(changes: Sizes, sections: Sizes, extra: int, block: Callable[[Sizes],
 
 def _passage_seconds(
     step: Step, card: Gpu, rates: Rates, tape: Tape, start: int, times: Sizes
-) -> float:
+) -> list[float]:
     """The kernels of one micro-step, each as many times as it is run."""
     found = {"forward": Work(), "backward": Work()}
     turn, often = _turn(tape) - start, times.tolist()
@@ -196,7 +193,7 @@ def _passage_seconds(
             add_kernel(found[phase], tape, storage, size, often[number])
     multiply(step, card, found)
     on_cpu = step.plan.device == "cpu"
-    return sum(seconds(one, rates, on_cpu=on_cpu) for one in found.values())
+    return [side for one in found.values() for side in sides(one, rates, on_cpu=on_cpu)]
 
 
 def _updates(run: Run) -> list[tuple[str, int, int]]:

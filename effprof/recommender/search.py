@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from effprof.estimator.time import Rates, rates_of, time, unknown
 from effprof.gpus import Gpu
 from effprof.kernels import UNSORTED_INDICES
 from effprof.plan import Plan, from_dict
-from effprof.recommender.instants import Held, held, passage, regular
+from effprof.recommender.instants import Held, Passage, held, passage, regular
 from effprof.recommender.space import Candidate, Space
 from effprof.step import Step, work_out
 
@@ -152,8 +152,10 @@ class _Search:
         key = (layers, checkpointing, loss)
         if key not in self._variants:
             values = {**candidate.plan.as_dict(), "checkpointing": checkpointing, "loss": loss}
+            if regular(candidate.plan):  # a passage is the same wherever its gradients go
+                values["per_layer_update"] = None
             try:
-                self._variants[key] = from_dict({**values, "per_layer_update": None})
+                self._variants[key] = from_dict(values)
             except UsageError:
                 self._variants[key] = None
         return self._variants[key]
@@ -169,29 +171,34 @@ class _Search:
         if key in self._curves:
             return self._curves[key]
         sizes = [size for size, _ in self.batches]
-        sampled = sizes[-1:] if fresh else _samples(variant, sizes)
-        found = [
-            passage(
-                work_out(variant.with_batch(size, 1)),
-                self.card,
-                rates,
-                self.allocators,
-                fresh=fresh,
-            )
-            for size in sampled
-        ]
-
-        def between(rows: Iterable[Sequence[float]]) -> Numbers:
-            columns = np.array(list(rows), np.float64).T
-            return np.stack([np.interp(sizes, sampled, column) for column in columns])
-
-        names = found[0].completed
+        parts: list[tuple[Numbers, Mapping[str, Numbers], Numbers]] = []
+        for run in [sizes[-1:]] if fresh else _runs(variant, sizes):
+            ends = [self._passage(variant, size, rates, fresh) for size in (run[0], run[-1])]
+            alike = ends[0].alive.shape == ends[1].alive.shape  # else another number of chunks
+            for size in run:
+                share = (size - run[0]) / (run[-1] - run[0] or 1)
+                own = ends if alike else [self._passage(variant, size, rates, fresh)] * 2
+                parts.append(_between(own[0], own[1], share))
+        peaks, completed, sides = zip(*parts, strict=True)
+        columns = len(sizes) - len(parts)
         self._curves[key] = _Curve(
-            between(one.peak for one in found),
-            {name: between(one.completed[name] for one in found) for name in names},
-            between([one.seconds] for one in found)[0],
+            _columns(peaks, columns),
+            {name: _columns([one[name] for one in completed], columns) for name in completed[0]},
+            _columns([self._seconds(one) for one in sides], columns),
         )
         return self._curves[key]
+
+    def _passage(self, variant: Plan, size: int, rates: Rates | None, fresh: bool) -> Passage:
+        step = work_out(variant.with_batch(size, 1))
+        return passage(step, self.card, rates, self.allocators, fresh=fresh)
+
+    def _seconds(self, sides: Numbers) -> Numbers:
+        """Of the device's and the host's, forwards and backwards: a CPU is both."""
+        if not len(sides):
+            return np.zeros(())
+        pairs = sides.reshape(2, 2)
+        total: Numbers = (pairs.sum(1) if self.space.on_cpu else pairs.max(1)).sum()
+        return total
 
     def _replay(self, number: int, plan: Plan, batches: list[tuple[int, int]]) -> None:
         """Plans whose micro-steps differ are estimated whole."""
@@ -239,16 +246,36 @@ def _together(curve: _Curve, kept: Held, *, fresh: bool) -> Numbers:
     return total
 
 
-def _samples(plan: Plan, sizes: Sequence[int]) -> list[int]:
-    """The micro-batches between which nothing but sizes changes: embedding's backward has other
-    buffers from some positions on, and no more distinct tokens than the vocabulary.
+def _columns(rows: Sequence[Numbers], missing: int) -> Numbers:
+    """One column per micro-batch; those before the first that is there are not asked for."""
+    found: Numbers = np.stack(rows, axis=-1)
+    return np.concatenate((np.zeros((*found.shape[:-1], missing)), found), axis=-1)
+
+
+def _between(
+    first: Passage, last: Passage, share: float
+) -> tuple[Numbers, Mapping[str, Numbers], Numbers]:
+    """Peaks by allocator, all and by completed parameter, and seconds at a batch between two, whose
+    tapes have the same events with sizes linear in the batch.
     """
-    edges = (UNSORTED_INDICES // plan.seq_len, plan.architecture.vocab // plan.seq_len)
-    found = {sizes[0], sizes[-1]}
-    for edge in edges:
-        below = [size for size in sizes if size <= edge]
-        found |= {*below[-1:], *sizes[len(below) : len(below) + 1]}
-    return sorted(found)
+    alive = first.alive + share * (last.alive - first.alive)
+    completed = {name: alive[:, events].max(1) for name, events in first.completed.items()}
+    sides = np.array(first.seconds) * (1 - share) + np.array(last.seconds) * share
+    return alive.max(1), completed, sides
+
+
+def _runs(plan: Plan, sizes: Sequence[int]) -> list[list[int]]:
+    """Micro-batches among which nothing but sizes changes: embedding's backward has other buffers
+    from some positions on, and no more distinct tokens than the vocabulary; a chunk of the loss has
+    a power of two of rows.
+    """
+
+    def regime(size: int) -> tuple[Any, ...]:
+        positions = size * plan.seq_len
+        rows = plan.with_batch(size, 1).loss_rows if plan.loss == "chunked" else 0
+        return (positions <= UNSORTED_INDICES, positions <= plan.architecture.vocab, rows)
+
+    return [list(run) for _, run in itertools.groupby(sizes, regime)]
 
 
 def _batches(space: Space, plan: Plan) -> list[tuple[bool, list[tuple[int, int]]]]:
@@ -257,9 +284,10 @@ def _batches(space: Space, plan: Plan) -> list[tuple[bool, list[tuple[int, int]]
     """
     found = space.batches()
     whole = [(size, times) for size, times in found if times == 1]
+    rest = [one for one in found if one not in whole]
     if plan.per_layer_update:
-        return [(False, [(size, 1) for size, _ in found] if space.batch_is_open else whole)]
-    return [(True, [one for one in found if one not in whole]), (False, whole)]
+        whole, rest = [(size, 1) for size, _ in found] if space.batch_is_open else whole, []
+    return [(adds, one) for adds, one in ((True, rest), (False, whole)) if one]
 
 
 _PASSED = ("forward", "backward", "backward_input", "backward_weights")
@@ -278,4 +306,4 @@ def _fingerprint(step: Step) -> tuple[Any, ...]:
         )
         for unit in (*step.before, *step.layer, *step.after)
     )
-    return (layers, plan.parallel, None if regular(plan) else plan.method)
+    return (layers, plan.parallel, None if regular(plan) else str(plan.as_dict()))

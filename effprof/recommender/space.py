@@ -40,6 +40,10 @@ class Space:
         return int(self.values.get("gpus", 1))
 
     @property
+    def on_cpu(self) -> bool:
+        return self.values.get("device") == "cpu"
+
+    @property
     def global_batch(self) -> int:
         """Rows per update: as given, or as many positions as the published runs have."""
         given = self.values.get("global_batch")
@@ -85,7 +89,7 @@ class Space:
         """A CPU has one."""
         if "allocator" in self.values:
             return (self.values["allocator"],)
-        return ("default",) if self.values.get("device") == "cpu" else ("default", "expandable")
+        return ("default",) if self.on_cpu else ("default", "expandable")
 
 
 @dataclass(frozen=True)

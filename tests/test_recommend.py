@@ -1,0 +1,254 @@
+"""effprof recommend: the search against the estimate, the answers it must get right, the edges."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import run_cli as run
+
+from effprof import gpus, registry
+from effprof.errors import UsageError
+from effprof.estimator.estimate import estimate
+from effprof.plan import from_dict
+from effprof.recommender.choice import RESERVED, Limits
+from effprof.recommender.instants import regular
+from effprof.recommender.recommend import Recommendation, recommend
+from effprof.recommender.search import Found, search
+from effprof.recommender.space import Space, candidates
+from effprof.recommender.words import command
+
+
+def found_for(methods: list[str], **values: Any) -> Found:
+    space = Space(values, methods, named=True)
+    return search(space, candidates(space).all, gpus.gpu(values["gpu"]))
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_a_search_has_the_bytes_of_the_estimate(name: str) -> None:
+    values = {"model": "60m", "gpu": "rtx-4090", "global_batch": 24, "allocator": "expandable"}
+    if not regular(from_dict({"model": "60m", "method": name})):
+        values |= {"micro_batch": 8, "loss": "standard", "checkpointing": "none"}
+    found = found_for([name], **values)
+    chosen = np.random.default_rng(0).choice(len(found), min(len(found), 10), replace=False)
+    for row in chosen.tolist():
+        exact = estimate(found.plan(row))
+        assert found.memory[row] == pytest.approx(exact.memory.peak.size, rel=0.005)
+        assert exact.time is not None
+        assert found.seconds[row] * exact.time.positions == pytest.approx(
+            exact.time.update, rel=0.1
+        )
+
+
+def test_reserved_bytes_are_bounded_and_close_under_the_default_allocator() -> None:
+    values = {"model": "130m", "gpu": "rtx-4090", "global_batch": 32}
+    found = found_for(["full", "galore", "sltrain", "apollo"], **values)
+    chosen = np.random.default_rng(1).choice(len(found), 30, replace=False)
+    errors = []
+    for row in chosen.tolist():
+        memory = estimate(found.plan(row)).memory
+        bound = RESERVED[found.forms[found.form[row]].allocator]
+        assert memory.reserved is not None
+        assert memory.reserved <= bound * found.memory[row]
+        errors.append(abs(found.memory[row] / memory.peak.size - 1))
+    assert np.median(errors) < 0.001
+    assert max(errors) < 0.05  # blocks that are reused whole
+
+
+def answer(
+    model: str, gpu: str, *, methods: list[str] | None = None, **values: Any
+) -> Recommendation:
+    card = gpus.gpu(gpu)
+    space = Space({"model": model, "gpu": gpu, **values}, methods or registry.names())
+    return recommend(space, card, Limits(round(card.memory * 0.95), 0.05))
+
+
+def test_60m_on_8_gb_is_trained_in_full_rank_or_better_at_no_cost() -> None:
+    found = answer("60m", "rtx-4060", tokens=1_400_000_000)
+    assert found.best is not None
+    assert found.full is not None
+    own, full = found.best.estimate, found.full.estimate
+    assert found.best.total <= found.limits.memory
+    assert own.quality is not None
+    assert full.quality is not None
+    assert own.quality.perplexity <= full.quality.perplexity
+    assert "rank" not in own.plan.settings  # nothing is approximated
+    assert own.time is not None
+    assert full.time is not None
+    assert own.time.update < 1.05 * full.time.update
+
+
+def test_7b_finds_a_plan_on_24_gb() -> None:
+    found = answer("7b", "rtx-4090")
+    assert found.best is not None
+    assert estimate(found.best.estimate.plan).total <= found.limits.memory
+    headline = {"method": "galore", "state_dtype": "8bit", "per_layer_update": True}
+    assert any(headline.items() <= one.items() for one in found.as_dict()["feasible"])
+    assert found.full is not None
+    assert found.full.total > found.limits.memory
+    assert "full" in found.reasons[0]
+    assert "does not fit by" in found.reasons[0]
+
+
+def test_1b_on_80_gb_gives_up_nothing_for_memory() -> None:
+    found = answer("1b", "a100-80gb", tokens=13_100_000_000)
+    assert found.best is not None
+    plan, quality = found.best.estimate.plan, found.best.estimate.quality
+    assert plan.state_dtype == "same"
+    assert plan.halves.layer is None
+    assert "rank" not in plan.settings
+    assert quality is not None
+    assert quality.perplexity == min(
+        one.estimate.quality.perplexity for one in found.pareto if one.estimate.quality
+    )
+
+
+def test_13b_on_8_gb_is_refused_with_what_would_do() -> None:
+    found = answer("13b", "rtx-4060", methods=["full", "galore", "cola"])
+    assert found.best is None
+    assert found.closest is not None
+    short = found.closest.total - found.limits.memory
+    assert f"{short / 2**30:.1f} GiB more" in found.reasons[0]
+    assert {one.flag.split()[0] for one in found.remedies} >= {"--gpu", "--model"}
+    for one in found.remedies:
+        words = one.flag.split()
+        if words[0] == "--gpu":
+            assert one.total <= 0.95 * gpus.gpu(words[1]).memory
+
+
+def test_unknown_perplexity_is_not_guessed() -> None:
+    found = answer("qwen2-0.5b", "rtx-4090", methods=["full", "galore", "lora"], seq_len=512)
+    assert found.best is not None
+    assert found.best.estimate.quality is None
+    assert found.candidates.borrowed == "350m"
+    assert any("order of what is published for 350m" in one for one in found.reasons)
+    assert found.as_dict()["best"]["perplexity"] is None
+
+
+def test_the_objectives_agree_with_what_they_are_called() -> None:
+    card = gpus.gpu("rtx-4090")
+    space = Space(
+        {"model": "130m", "gpu": card.name, "tokens": 2_600_000_000},
+        ["full", "galore", "apollo", "scale-sgd", "stable-spam"],
+        named=True,
+    )
+    limits = Limits(round(card.memory * 0.95), 0.05)
+    found = {one: recommend(space, card, limits, objective=one) for one in ("time", "memory")}
+    quality = recommend(space, card, limits)
+    best = {name: one.best for name, one in found.items()} | {"quality": quality.best}
+    assert all(best.values())
+    assert best["memory"].total == min(one.total for one in best.values())  # type: ignore[union-attr]
+    times = {
+        name: one.estimate.time.update / one.estimate.time.positions  # type: ignore[union-attr]
+        for name, one in best.items()
+    }
+    assert times["time"] == min(times.values())
+    slow = recommend(space, card, Limits(limits.memory, 0.05, hours=0.01))
+    assert slow.best is None
+
+
+def test_the_commands_are_the_plan() -> None:
+    plan = from_dict(
+        {
+            "model": "1b",
+            "method": "galore",
+            "rank": 256,
+            "settings": {"refresh": 100, "betas": (0.9, 0.95)},
+            "state_dtype": "8bit",
+            "per_layer_update": True,
+            "checkpointing": "full",
+            "gpu": "rtx-4090",
+            "tokens": 1_000_000,
+        }
+    )
+    words = shlex.split(command(plan, "train"))
+    assert words[:2] == ["effprof", "train"]
+    code, out, _ = run(*["estimate", *words[2 : words.index("--out")], "--json"])
+    assert code == 0
+    assert from_dict(json.loads(out)["plan"]) == from_dict({**plan.as_dict(), "gpu": None})
+    sltrain = from_dict({"model": "60m", "method": "sltrain", "update": "stable-spam"})
+    assert "--update stable-spam" in command(sltrain, "validate")
+
+
+QUICK = ("--methods", "full,scale-sgd", "--global-batch", "8")
+
+
+def test_json_and_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EFFPROF_HOME", str(tmp_path))
+    code, out, _ = run("recommend", "--model", "60m", "--gpu", "rtx-4090", *QUICK, "--json")
+    document = json.loads(out)
+    assert (code, document["schema"]) == (0, "effprof.recommend/1")
+    assert document["plan"] == document["best"]["plan"]
+    assert document["best"]["headroom"] >= 0
+    assert document["pareto"][0]["method"] == document["best"]["method"]
+    assert set(document["commands"]) == {"validate", "train"}
+    assert document["searched"]["plans"] > 100
+    code, out, _ = run("recommend", "--model", "7b", "--gpu", "mem=4GB", *QUICK, "--json")
+    assert code == 3
+    assert json.loads(out)["plan"] is None
+    assert json.loads(out)["closest"]["headroom"] < 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--gpu", "rtx-4090", "--objective", "speed"), "Unknown --objective 'speed'"),
+        (("--gpu", "rtx-4090", "--method", "full", "--methods", "full"), "both name methods"),
+        (("--gpu", "rtx-4090", "--vary", "refresh=1", *QUICK), "none of these methods has it"),
+        (("--gpu", "rtx-4090", "--margin", "2"), "--margin cannot be 2"),
+        (("--gpu", "rtx-4090", "--max-hours", "5", *QUICK), "--max-hours needs a run's length"),
+        (("--gpu", "rtx-4090", "--objective", "cost", "--tokens", "1B"), "needs a price"),
+        (("--gpu", "mem=24GB", "--objective", "time", *QUICK), "No time is known"),
+        (("--gpu", "rtx-4090", "--optimizer-impl", "loop"), "has no effect on recommend"),
+        (("--gpu", "rtx-4090", "--global-batch", "7", "--micro-batch", "2"), "is not made of"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(arguments: tuple[str, ...], message: str) -> None:
+    code, out, err = run("recommend", "--model", "60m", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_a_card_must_be_known() -> None:
+    code, _, err = run("recommend", "--model", "60m", *QUICK)
+    assert code == 4
+    assert "--gpu rtx-4090" in err
+
+
+def test_the_last_recommendation_is_validated_and_the_best_are_probed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EFFPROF_HOME", str(tmp_path))
+    code, _, err = run("validate", "--last")
+    assert (code, "Nothing has been recommended yet" in err) == (2, True)
+    cpu = ("--model", "9m", "--device", "cpu", "--seq-len", "32", "--global-batch", "4")
+    asked = ("--methods", "scale-sgd", "--objective", "memory", "--validate", "1", "--json")
+    code, out, err = run("recommend", *cpu, *asked)
+    assert code == 0, err
+    document = json.loads(out)
+    (result,) = document["measured"]["results"]
+    assert result["verdict"] in ("FITS", "TIGHT")
+    assert result["plan"] == document["measured"]["best"]
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        "effprof.prober.validate.validate", lambda plans, *_, **__: seen.append(plans) or _Passed()
+    )
+    code, out, err = run("validate", "--last", "--json")
+    assert code == 0, err
+    assert seen[0][0].as_dict() == result["plan"]
+
+
+class _Passed:
+    passed = True
+
+    def as_dict(self) -> dict[str, Any]:
+        return {}
+
+
+def test_numbers_that_disagree_are_refused() -> None:
+    with pytest.raises(UsageError, match="is not made of"):
+        Space({"model": "60m", "global_batch": 6, "grad_accum": 4}, ["full"]).batches()
