@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import small
+from helpers import run_cli, small
 
 from effprof.errors import EffprofError
-from effprof.trainer.corpus import DatasetCorpus, FileCorpus, corpus
+from effprof.trainer.corpus import DatasetCorpus, FileCorpus, corpus, held_out, key_of
 from effprof.trainer.data import IGNORED, Batches, StreamBatches, make_batch, rows
 from effprof.trainer.tokenizer import tokenizer
 
@@ -205,6 +205,8 @@ def test_streams_resume_where_they_were(tiny: str, monkeypatch: pytest.MonkeyPat
         return whole.to_iterable_dataset(num_shards=3)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    splits = ["train", "validation"]
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *names: splits)
     found = corpus("owner/set:en")
     assert isinstance(found, DatasetCorpus)
     for mode in ("packed", "padded"):
@@ -222,6 +224,142 @@ def test_streams_resume_where_they_were(tiny: str, monkeypatch: pytest.MonkeyPat
             assert other.next().ids.shape == (2, 32)
 
 
+def test_a_dataset_without_a_validation_split(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FineWeb has none: one document in fifty is held out, and no other is validated on."""
+    import datasets
+
+    def load(path: str, config: str | None, *, split: str, streaming: bool) -> Any:
+        assert split == "train"
+        return datasets.Dataset.from_dict({"text": TEXTS * 3}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *names: ["train"])
+    found = DatasetCorpus("owner/web")
+    plan = small(tiny, "full", seq_len=8)
+    words = tokenizer(found, 1024, None)
+    seen = {}
+    for split in ("train", "validation"):
+        stream = StreamBatches(found, words, plan, split, CPU)
+        stream.next()
+        ends = [words.decode(ids[:-1]) for ids in stream._block]
+        seen[split] = set(ends)
+    assert seen["validation"] == {text for text in TEXTS if held_out(key_of(text))}
+    assert seen["train"] == set(TEXTS) - seen["validation"]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three gzipped shards of 1,500 documents."""
+    folder = tmp_path_factory.mktemp("shards")
+    for shard in range(3):
+        rows = [{"text": f"shard {shard} row {row} " + TEXTS[row % 120] * 8} for row in range(1500)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{shard}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["packed", "padded"])
+def test_shards_stream_and_resume_anywhere(mode: str, shards: Path, tiny: str) -> None:
+    """After any micro-batch: within a block of documents, at its end, beyond a shard's."""
+    found = corpus(str(shards), stream=True)
+    assert isinstance(found, DatasetCorpus)
+    plan = small(tiny, "full", rows=mode, micro_batch=8, seq_len=64)
+    words = tokenizer(found, 1024, None)
+    stream = StreamBatches(found, words, plan, "train", CPU)
+    states, ids = [], []
+    for _ in range(260):
+        states.append(json.dumps(stream.state_dict()))
+        ids.append(stream.next().ids)
+    for place in (0, 1, 31, 32, 33, 100, 187, 188, 250):
+        other = StreamBatches(found, words, plan, "train", CPU)
+        other.load_state_dict(json.loads(states[place]))
+        for expected in ids[place : place + 8]:
+            assert torch.equal(other.next().ids, expected), place
+
+
+def test_a_stream_holds_little(tiny: str, tmp_path: Path) -> None:
+    """Reading 90 MB of text holds what one chunk of a shard takes, whatever came before."""
+    import tracemalloc
+    from types import SimpleNamespace
+
+    lines = "".join(json.dumps({"text": f"{row} " + "x" * 30_000}) + "\n" for row in range(1000))
+    for shard in range(3):
+        (tmp_path / f"{shard}.jsonl.gz").write_bytes(gzip.compress(lines.encode(), 1))
+    one = SimpleNamespace(ids=list(range(64)))  # what is measured is reading, not tokenising
+    batch = SimpleNamespace(encode_batch_fast=lambda texts, **_: [one] * len(texts))
+    words = SimpleNamespace(eos_token_id=0, backend_tokenizer=batch)
+    found = corpus(str(tmp_path), stream=True)
+    assert isinstance(found, DatasetCorpus)
+    stream = StreamBatches(found, words, small(tiny, "full", seq_len=65), "train", CPU)
+    for _ in range(100):
+        stream.next()
+    tracemalloc.start()
+    while stream.documents < 2900:
+        stream.next()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40e6
+
+
+def test_tokens_are_written_as_they_come(texts: Path, tiny: str, tmp_path: Path) -> None:
+    """The file holds what is read, in two bytes a token; a failure leaves none."""
+    from effprof.trainer import data
+
+    table = prepared(texts, tiny)[2]
+    assert table.ids.dtype == np.uint16
+
+    def breaks() -> Any:
+        yield [1, 2, 3]
+        raise EffprofError("the text ends", "")
+
+    with pytest.raises(EffprofError, match="ends"):
+        data._save(tmp_path / "tokens", breaks(), np.dtype(np.uint16))
+    assert not list(tmp_path.iterdir())
+
+
+def test_shards_are_all_alike(texts: Path, shards: Path) -> None:
+    for path in (texts, None):
+        with pytest.raises(EffprofError, match="--stream"):
+            corpus(None if path is None else str(path), stream=True)
+
+
+def test_the_feed_is_ahead_and_knows_what_was_used(texts: Path, tiny: str) -> None:
+    """Its state is that of the last update given out, whatever it has drawn by then."""
+    from effprof.trainer.feed import Feed
+
+    plan, _, table = prepared(texts, tiny)
+    plain = Batches(table, plan, 0, CPU)
+    expected = [[plain.next().ids for _ in range(2)] for _ in range(6)]
+    feed = Feed(Batches(table, plan, 0, CPU), 2, CPU)
+    for pair in expected[:3]:
+        given = feed.next()
+        assert all(torch.equal(a.ids, b) for a, b in zip(given.batches, pair, strict=True))
+    state = json.loads(json.dumps(feed.state_dict()))
+    assert state["place"] == 3 * 2 * plan.micro_batch
+    feed.close()
+    other = Feed(Batches(table, plan, 0, CPU), 2, CPU)
+    other.load_state_dict(state)
+    for pair in expected[3:]:
+        assert all(torch.equal(a.ids, b) for a, b in zip(other.next().batches, pair, strict=True))
+    other.close()
+
+
+def test_the_feed_raises_what_reading_raised() -> None:
+    from effprof.trainer.feed import Feed
+
+    class Broken:
+        def next(self) -> Any:
+            raise EffprofError("the disk is gone", "")
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+
+    with pytest.raises(EffprofError, match="disk is gone"):
+        Feed(Broken(), 1, CPU).next()
+
+
 def test_a_dataset_that_cannot_be_loaded() -> None:
     with pytest.raises(EffprofError, match="Cannot load the dataset"):
         DatasetCorpus("nobody/nothing").stream("train")
@@ -236,3 +374,22 @@ def test_tokenizers_are_checked(texts: Path, tiny: str, tmp_path: Path) -> None:
         tokenizer(found, 100, str(tmp_path / "tok"))
     with pytest.raises(EffprofError, match="Cannot load"):
         tokenizer(found, 1024, str(tmp_path / "missing.json"))
+
+
+def test_a_streamed_run_resumes(shards: Path, tiny: str, tmp_path: Path) -> None:
+    """Bit for bit, and both kinds of tokens are counted."""
+    out = tmp_path / "run"
+    command = ["train", "--model", tiny, "--data", shards, "--stream", "--device", "cpu"]
+    command += ["--dtype", "fp32", "--micro-batch", "4", "--seq-len", "512", "--rows", "padded"]
+    command += ["--steps", "6", "--save-every", "3", "--out", out]
+    code, text, err = run_cli(*command, "--json")
+    assert code == 0, err
+    summary = json.loads(text)
+    assert summary["tokens"] == 6 * 4 * 512
+    assert 0 < summary["real_tokens"] < summary["tokens"]
+    assert 0 <= summary["data_wait"] < 1
+    whole = (out / "metrics.jsonl").read_text().splitlines()
+    (out / "checkpoint-00000006" / "state.json").write_text("{")
+    assert run_cli(*command, "--resume")[0] == 0
+    again = (out / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(r)["loss"] for r in again] == [json.loads(r)["loss"] for r in whole]

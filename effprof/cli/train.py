@@ -45,6 +45,10 @@ def command(
         str | None,
         typer.Option(help="File, folder, glob or dataset. [Python's sources]", show_default=False),
     ] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option("--stream", help="Read shards as they come, instead of tokenising them once."),
+    ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="A tokenizer's path. [BPE of the data]", show_default=False)
     ] = None,
@@ -97,6 +101,7 @@ def command(
         "clip": clip,
         "seed": seed,
         "data": data,
+        "stream": stream,
         "tokenizer": tokenizer,
         "save_every": save_every,
         "eval_every": eval_every,

@@ -244,6 +244,9 @@ def show_training(summary: Mapping[str, Any]) -> None:
             f"means × K/(K+1)",
             style="dim",
         )
+    if summary["tokens"] != summary["real_tokens"]:
+        out.print(f"Of these tokens {quantity(summary['real_tokens'])} are text, the rest padding.")
+    out.print(f"Waited for data: {100 * summary['data_wait']:.2g} % of the updates' time")
     out.print(
         f"Memory: {gib(memory['measured_peak'])} at peak ({memory['meter']}), "
         f"{gib(memory['estimated'])} estimated"

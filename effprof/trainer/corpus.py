@@ -48,25 +48,33 @@ class FileCorpus:
 
         Raises EffprofError for a file that cannot be read.
         """
-        validation = self._validation
+        least = self._least
         for text in self._all():
-            if (_key(text) in validation) == (split == "validation"):
+            key = key_of(text)
+            if (key == least or held_out(key)) == (split == "validation"):
                 yield text
 
     @functools.cached_property
-    def _validation(self) -> frozenset[int]:
-        """Keys of validation documents: one in fifty by hash, at least the one with the least key.
+    def _least(self) -> int | None:
+        """The least key, where no document's key holds it out; else None.
 
-        Raises EffprofError where there are not two documents to tell apart.
+        Reads until there is a document for each split. Raises EffprofError where there are not two
+        to tell apart.
         """
-        keys = {_key(text) for text in self._all()}
-        if len(keys) < 2:
+        least, other = None, False
+        for text in self._all():
+            key = key_of(text)
+            if held_out(key) and (least is not None or other):
+                return None
+            other = other or held_out(key) or (least is not None and key != least)
+            least = least if held_out(key) else min(key, least if least is not None else key)
+        if not other:
+            count = 0 if least is None else 1
             raise EffprofError(
-                f"{self.name!r} holds {len(keys)} document(s); each split needs at least one.",
+                f"{self.name!r} holds {count} document(s); each split needs at least one.",
                 "Give more text with --data.",
             )
-        chosen = frozenset(key for key in keys if key % VALIDATION_SHARE == 0)
-        return chosen or frozenset({min(keys)})
+        return least
 
     def _all(self) -> Iterator[str]:
         for path in self.files:
@@ -86,10 +94,24 @@ class FileCorpus:
 
 
 class DatasetCorpus:
-    """A Hugging Face dataset by name, streamed; ``name:config`` picks a configuration."""
+    """A Hugging Face dataset by name, streamed; ``name:config`` picks a configuration.
+
+    Where it has no validation split, one document in fifty of the training split is held out.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+    @functools.cached_property
+    def by_hash(self) -> bool:
+        """Whether a document's hash decides its split."""
+        import datasets
+
+        path, _, config = self.name.partition(":")
+        try:
+            return "validation" not in datasets.get_dataset_split_names(path, config or None)
+        except Exception as problem:  # noqa: BLE001 - whatever the hub or the network raises
+            raise self._unreadable(problem) from None
 
     def fingerprint(self) -> str:
         """A stream is known by its name alone."""
@@ -115,16 +137,84 @@ class DatasetCorpus:
         import datasets
 
         path, _, config = self.name.partition(":")
+        own = "train" if self.by_hash else split
         try:
-            return datasets.load_dataset(path, config or None, split=split, streaming=True)
+            return datasets.load_dataset(path, config or None, split=own, streaming=True)
         except Exception as problem:  # noqa: BLE001 - whatever the hub or the network raises
-            raise EffprofError(
-                f"Cannot load the dataset {self.name!r} ({split}): {type(problem).__name__}.",
-                "Check the name and the network, or give a file or folder with --data.",
-            ) from None
+            raise self._unreadable(problem) from None
+
+    def _unreadable(self, problem: Exception) -> EffprofError:
+        return EffprofError(
+            f"Cannot load the dataset {self.name!r}: {type(problem).__name__}.",
+            "Check the name and the network, or give a file or folder with --data.",
+        )
 
 
-def corpus(data: str | None) -> FileCorpus | DatasetCorpus:
+class ShardCorpus(DatasetCorpus):
+    """Local files of one format, streamed in their order: never all in memory, never copied."""
+
+    by_hash = True
+
+    def __init__(self, files: FileCorpus) -> None:
+        super().__init__(files.name)
+        self.files = files
+        self.kind = _builder(files)
+
+    def fingerprint(self) -> str:
+        return self.files.fingerprint()
+
+    def check(self) -> dict[str, Any]:
+        return self.files.check()
+
+    def stream(self, split: str) -> Any:
+        import datasets
+
+        paths = [str(path) for path in self.files.files]
+        return datasets.load_dataset(self.kind, data_files=paths, split="train", streaming=True)
+
+
+_BUILDERS = {".jsonl": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
+
+
+def _builder(files: FileCorpus) -> str:
+    """What reads all of these files. Raises UsageError."""
+    kinds = {
+        next((kind for suffix, kind in _BUILDERS.items() if path.name.endswith(suffix)), "")
+        for path in files.files
+    }
+    if len(kinds) != 1 or "" in kinds:
+        raise UsageError(
+            f"--stream cannot read {files.name!r}: shards are {', '.join(_BUILDERS)}, all alike.",
+            "Leave --stream out: the text is tokenised into a file once.",
+        )
+    return kinds.pop()
+
+
+def held_out(key: int) -> bool:
+    """Whether a document of that key is one in fifty."""
+    return key % VALIDATION_SHARE == 0
+
+
+def key_of(text: str) -> int:
+    """A document's place in the split, decided by its content alone."""
+    digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def corpus(data: str | None, *, stream: bool = False) -> FileCorpus | DatasetCorpus:
+    """The corpus of ``--data``, files read as a stream where that is asked for.
+
+    Raises UsageError where nothing matches.
+    """
+    found = _corpus(data)
+    if not stream:
+        return found
+    if not isinstance(found, FileCorpus):
+        raise UsageError("--stream has no effect: a dataset is streamed.", "Leave --stream out.")
+    return ShardCorpus(found)
+
+
+def _corpus(data: str | None) -> FileCorpus | DatasetCorpus:
     """The corpus of ``--data``: a file, a folder, a glob, a dataset's name, or by default the
     standard library.
 
@@ -167,12 +257,6 @@ def standard_library() -> FileCorpus:
     if not files:
         raise EffprofError(f"No Python sources under {str(root)!r}.", "Give text with --data.")
     return FileCorpus(files, "python-standard-library")
-
-
-def _key(text: str) -> int:
-    """A document's place in the split, decided by its content alone."""
-    digest = hashlib.sha256(text.encode()).digest()
-    return int.from_bytes(digest[:8], "big")
 
 
 def _read(path: Path) -> Iterator[str]:

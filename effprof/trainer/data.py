@@ -5,7 +5,10 @@ state.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +19,14 @@ import torch
 from torch import Tensor
 
 from effprof.errors import EffprofError
-from effprof.files import home, write_whole
+from effprof.files import cannot_write, home
 from effprof.plan import Plan
-from effprof.trainer.corpus import DatasetCorpus, FileCorpus
+from effprof.trainer.corpus import DatasetCorpus, FileCorpus, held_out, key_of
+from effprof.units import quantity
 
 IGNORED = -100  # transformers' label of a position without a target
 _DOCUMENTS_PER_CALL = 256
+_TELL = 10.0  # seconds between two lines of progress
 
 
 @dataclass(slots=True)
@@ -115,13 +120,16 @@ def rows(corpus: FileCorpus, tokenizer: Any, plan: Plan, split: str) -> Rows:
     key = f"{corpus.fingerprint()}-{vocabulary}-{split}" + (
         f"-padded{plan.seq_len}" if padded else ""
     )
-    cached = home() / "tokens" / f"{key}.npy"
+    size = max(len(tokenizer), plan.seq_len + 1 if padded else 0)
+    dtype = np.dtype(np.uint16 if size <= 2**16 else np.int32)
+    cached = home() / "tokens" / f"{key}.{dtype}"
     if not cached.exists():
         sys.stderr.write(f"Tokenising the {split} split (once) …\n")
         documents = _tokenised(corpus.documents(split), tokenizer, end)
-        flat = _pad(documents, plan.seq_len, end) if padded else _pack(documents)
-        _save(cached, flat)
-    flat = np.load(cached, mmap_mode="r")
+        _save(cached, _padded(documents, plan.seq_len, end) if padded else documents, dtype)
+    flat = np.zeros(0, dtype)
+    if cached.stat().st_size:
+        flat = np.memmap(cached, dtype, mode="r")
     width = plan.seq_len + 1 if padded else plan.seq_len  # a padded row carries its length in front
     count = len(flat) // width
     if count < 1:
@@ -148,22 +156,14 @@ def _tokenised(documents: Iterable[str], tokenizer: Any, end: int) -> Iterator[l
     yield from ([*one.ids, end] for one in encode(waiting, add_special_tokens=False))
 
 
-def _pack(documents: Iterable[list[int]]) -> np.ndarray[Any, Any]:
-    parts = [np.asarray(ids, dtype=np.int32) for ids in documents]
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
-
-
-def _pad(documents: Iterable[list[int]], length: int, end: int) -> np.ndarray[Any, Any]:
+def _padded(documents: Iterable[list[int]], length: int, end: int) -> Iterator[list[int]]:
     """One row per document, truncated with its end kept, padded, its length in front: the
     benchmark's rows.
     """
-    parts = []
     for ids in documents:
-        if len(ids) < 2:
-            continue  # nothing to predict
-        kept = _truncated(ids, length)
-        parts.append(np.asarray([len(kept), *kept, *[end] * (length - len(kept))], dtype=np.int32))
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+        if len(ids) >= 2:  # else there is nothing to predict
+            kept = _truncated(ids, length)
+            yield [len(kept), *kept, *[end] * (length - len(kept))]
 
 
 def _truncated(ids: list[int], length: int) -> list[int]:
@@ -171,12 +171,27 @@ def _truncated(ids: list[int], length: int) -> list[int]:
     return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
 
 
-def _save(path: Path, flat: np.ndarray[Any, Any]) -> None:
-    import io
-
-    buffer = io.BytesIO()
-    np.save(buffer, flat)
-    write_whole(path, buffer.getvalue())
+def _save(path: Path, documents: Iterable[list[int]], dtype: np.dtype[Any]) -> None:
+    """Write ids end to end as they come, under a temporary name. Raises EffprofError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    told, count = time.monotonic(), 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            for ids in documents:
+                file.write(np.asarray(ids, dtype).tobytes())
+                count += len(ids)
+                if time.monotonic() - told > _TELL:
+                    told = time.monotonic()
+                    sys.stderr.write(f"… {quantity(count)} tokens\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as problem:
+        temporary.unlink(missing_ok=True)
+        if isinstance(problem, OSError):
+            raise cannot_write(path, problem) from None
+        raise
 
 
 class Batches:
@@ -218,7 +233,8 @@ class Batches:
 class StreamBatches:
     """Micro-batches of a streamed dataset.
 
-    Its state is the dataset's own and the tokens not yet used.
+    Documents are tokenised a block at a time, in the tokenizer's own threads. Its state is the
+    dataset's at the block's beginning, how many of the block are used, and the tokens left over.
     """
 
     def __init__(
@@ -227,70 +243,97 @@ class StreamBatches:
         self.corpus, self.split = corpus, split
         self.tokenizer, self.plan, self.device = tokenizer, plan, device
         self.end = tokenizer.eos_token_id
-        self.left: list[int] = []
+        self._kept: list[Batch] = []
+        self._block: list[list[int]] = []
+        self.left: np.ndarray[Any, Any] = np.zeros(0, np.int32)
+        self.used, self.documents = 0, 0
         self._begin()
 
     def next(self) -> Batch:
-        """The next micro-batch. Raises EffprofError where the stream ends."""
+        """The next micro-batch. Raises EffprofError where the stream cannot be read."""
         made = [self._row() for _ in range(self.plan.micro_batch)]
         lengths = np.array([n for _, n in made]) if self.plan.rows == "padded" else None
-        ids = np.array([row for row, _ in made], dtype=np.int32)
+        ids = np.stack([row for row, _ in made])
         return make_batch(ids, lengths, self.plan, self.end, self.device)
 
-    def _row(self) -> tuple[list[int], int]:
+    def _row(self) -> tuple[np.ndarray[Any, Any], int]:
         length = self.plan.seq_len
         if self.plan.rows == "padded":
-            ids = self._document()
-            kept = _truncated(ids, length)
-            return kept + [self.end] * (length - len(kept)), len(kept)
-        while len(self.left) < length:
-            self.left += self._document()
-        row, self.left = self.left[:length], self.left[length:]
-        return row, length
+            kept = _truncated(self._document(), length)
+            return np.array(kept + [self.end] * (length - len(kept)), np.int32), len(kept)
+        parts, have = [self.left], len(self.left)
+        while have < length:
+            parts.append(np.array(self._document(), np.int32))
+            have += len(parts[-1])
+        joined = np.concatenate(parts)
+        self.left = joined[length:]
+        return joined[:length], length
 
     def _document(self) -> list[int]:
-        """The next document that has something to predict; the stream begins again at its end."""
-        while True:
-            try:
-                row = next(self._rows, None)
-                text = None if row is None else row["text"]
-            except KeyError:
-                raise EffprofError(
-                    f"The dataset {self.corpus.name!r} has no column 'text'.", "Give another."
-                ) from None
-            except (OSError, RuntimeError, ValueError) as problem:
-                raise EffprofError(
-                    f"The dataset {self.corpus.name!r} cannot be read: {type(problem).__name__}.",
-                    "Check the network and go on with --resume.",
-                ) from None
-            if row is None:
-                if not self.documents:
-                    raise EffprofError("The dataset holds no document.", "Check name and split.")
-                self._begin()
-            elif text:
-                self.documents += 1
-                encoded = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-                return [*encoded.ids, self.end]
+        """The ids of the next document, an end-of-text token after them."""
+        while self.used == len(self._block):
+            self._fill()
+        self.used += 1
+        return self._block[self.used - 1]
+
+    def _fill(self) -> None:
+        """Read and tokenise the next block; the stream begins again at its end."""
+        self._at, self.used = self.dataset.state_dict(), 0
+        texts = list(itertools.islice(self._texts(), _DOCUMENTS_PER_CALL))
+        if texts:
+            self.documents += len(texts)
+            self._block = list(_tokenised(texts, self.tokenizer, self.end))
+        elif self.documents:
+            self._begin()
+        else:
+            raise EffprofError("The dataset holds no document.", "Check name and split.")
+
+    def _texts(self) -> Iterator[str]:
+        """Documents of this split, as the dataset's iterator gives them."""
+        wanted = self.split == "validation"
+        try:
+            for row in self._rows:
+                text = row["text"]
+                if text and not (self.corpus.by_hash and held_out(key_of(text)) != wanted):
+                    yield text
+        except KeyError:
+            raise EffprofError(
+                f"The dataset {self.corpus.name!r} has no column 'text'.", "Give another."
+            ) from None
+        except (OSError, EOFError, RuntimeError, ValueError) as problem:
+            raise EffprofError(
+                f"The dataset {self.corpus.name!r} cannot be read: {type(problem).__name__}.",
+                "Check the network, or the files, and go on with --resume.",
+            ) from None
 
     def _begin(self) -> None:
         """The stream from its first document: a restored one would begin where it was restored."""
         self.dataset = self.corpus.stream(self.split)
         self._rows = iter(self.dataset)
-        self.left, self.documents = [], 0
+        self._at, self._block, self.used, self.documents = self.dataset.state_dict(), [], 0, 0
+        self.left = np.zeros(0, np.int32)
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "dataset": self.dataset.state_dict(),
-            "left": self.left,
-            "documents": self.documents,
+            "dataset": self._at,
+            "used": self.used,
+            "left": self.left.tolist(),
+            "documents": self.documents - len(self._block),
         }
 
-    def evaluation(self, batches: int) -> Iterator[Batch]:
-        """The first micro-batches of the stream, the same at every call."""
-        self._begin()
-        return (self.next() for _ in range(batches))
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.dataset = self.corpus.stream(self.split)
         self.dataset.load_state_dict(state["dataset"])
-        self.left, self.documents = list(state["left"]), state["documents"]
         self._rows = iter(self.dataset)
+        self.left, self.documents = np.array(state["left"], np.int32), state["documents"]
+        self._block = []
+        if state["used"]:
+            self._fill()
+        self.used = state["used"]
+
+    def evaluation(self, batches: int) -> Iterator[Batch]:
+        """The first micro-batches of the stream, read once and the same at every call."""
+        if len(self._kept) < batches:
+            self._begin()
+            self._kept = [self.next() for _ in range(batches)]
+        return iter(self._kept[:batches])

@@ -144,7 +144,7 @@ def dry_run(run: Run, *, resume: bool, force: bool) -> dict[str, Any]:
 
 def _check_data(run: Run) -> dict[str, Any]:
     """Read the first document of every file, and load the tokenizer."""
-    texts = corpus(run.data)
+    texts = corpus(run.data, stream=run.stream)
     size = texts.check()
     kept = run.out / "tokenizer"
     path = str(kept) if kept.is_dir() else run.tokenizer

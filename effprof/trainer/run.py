@@ -39,6 +39,7 @@ class Run:
     clip: float = 0.0
     seed: int = 0
     data: str | None = None
+    stream: bool = False
     tokenizer: str | None = None
     on_nan: str = "stop"
     save_every: int = 0
@@ -74,7 +75,7 @@ class Run:
 _TRAIN_FIELDS = tuple(f.name for f in dataclasses.fields(Run) if f.name not in ("plan", "out"))
 _WHOLE = ("steps", "warmup", "seed", "save_every", "eval_every", "keep_last", "keep_best")
 _REAL = ("lr", "clip", "time_limit")
-_SWITCHES = ("log_norms",)
+_SWITCHES = ("log_norms", "stream")
 # What a run may be resumed with another value of: no loss depends on it.
 _HABITS = ("save_every", "eval_every", "keep_last", "keep_best", "time_limit", "log_norms")
 

@@ -52,7 +52,7 @@ class Session:
         self.run, self.plan, self.device = run, run.plan, device
         self.expected, self.machine = expected, machine
         self.world = World()
-        texts = corpus(run.data)
+        texts = corpus(run.data, stream=run.stream)
         self.fingerprint = texts.fingerprint()
         kept = run.out / "tokenizer"  # ids mean what they meant, whatever becomes of the data
         self.tokenizer = tokenizer(
