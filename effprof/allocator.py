@@ -8,7 +8,7 @@ real runs by ``benchmarks/snapshot_replay.py``.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from effprof.errors import UsageError, unknown
@@ -240,6 +240,40 @@ def replay(
         blocks,
         grown_at,
         allocated_then,
+    )
+
+
+def replay_streams(
+    events: Sequence[tuple[int, int]],
+    storages: int,
+    streams: Mapping[int, int],
+    settings: Settings = _DEFAULT,
+) -> Replay:
+    """``replay`` of a tape whose storages are of several CUDA streams: the allocator gives a block
+    to its own stream only, so that each has segments of its own (CUDACachingAllocator.cpp).
+    """
+    if not streams:
+        return replay(events, storages, settings)
+    live = most = 0
+    parts: dict[int, list[tuple[int, int]]] = {}
+    for storage, change in events:
+        parts.setdefault(streams.get(storage, 0), []).append((storage, change))
+        live += change
+        most = max(most, live)
+    found = [replay(part, storages, settings) for part in parts.values()]
+    blocks = [max(sizes) for sizes in zip(*(one.blocks for one in found), strict=True)]
+    live = highest = 0
+    for storage, change in events:
+        live += blocks[storage] if change > 0 else -blocks[storage]
+        highest = max(highest, live)
+    return Replay(
+        highest,
+        most,
+        sum(one.peak_reserved for one in found),
+        sum(one.segments for one in found),
+        blocks,
+        found[0].reserved_event,
+        sum(one.allocated_then for one in found),
     )
 
 

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 CONTEXT = 744_685_568
 CONTEXT_TURING = 141 * MIB
 
+# Memory of one NCCL communicator, measured on A100s with NVLink: two GPUs, and more than two
+# (NVIDIA/nccl discussion 964). It grows with the channels, of which slower links have fewer.
+NCCL_PAIR = 544 * MIB
+NCCL = 688 * MIB
+
 # torch 2.13 CublasHandlePool.cpp: 2 × 4 MiB + 8 × 16 KiB per handle; 32 MiB from compute capability
 # 9.0.
 WORKSPACE = 8_519_680
@@ -59,6 +64,11 @@ class Gpu(NamedTuple):
         if self.calibration and self.calibration.context is not None:
             return self.calibration.context
         return CONTEXT_TURING if self.capability and self.capability < 8 else CONTEXT
+
+    def outside(self, gpus: int) -> int:
+        """Bytes outside the allocator of one of so many processes: the context, and NCCL's own."""
+        nccl = (0, NCCL_PAIR, NCCL)[min(gpus, 3) - 1]
+        return self.context + nccl
 
     @property
     def workspace(self) -> int:

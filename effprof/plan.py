@@ -36,9 +36,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 TARGETS = ("attention", "mlp")
 
 # What the flag promises and this version does not do. Refused: a flag is never silently ignored.
-_NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
-    "parallel": (("ddp", "fsdp"), "Use one GPU."),
-}
+_NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {}
 
 
 @dataclass(frozen=True)
@@ -119,10 +117,17 @@ class Plan:
             if value in refused:
                 shown = flag(name) if value is True else f"{flag(name)} {value}"
                 raise UsageError(f"{shown} is not available in this version.", hint)
-        if self.gpus != 1:
+        self._resolve_parallel()
+
+    def _resolve_parallel(self) -> None:
+        """Several GPUs hold replicas of the model unless it is to be sharded."""
+        if self.gpus == 1 and self.parallel != "none":
             raise UsageError(
-                f"--gpus {self.gpus} is not available in this version.", "Use --gpus 1."
+                f"--parallel {self.parallel} has no effect on one GPU.",
+                "Add --gpus 2 or more, or leave --parallel out.",
             )
+        if self.gpus > 1 and self.parallel == "none":
+            self._set("parallel", "ddp")
 
     def _resolve_batch(self) -> None:
         per_step = self.micro_batch * self.gpus
@@ -244,6 +249,8 @@ class Plan:
         self._check_loss()
         self._check_states()
         self._check_per_layer()
+        if self.parallel == "fsdp":
+            self._check_sharding()
 
     def _check_loss(self) -> None:
         if not 0 <= self.z_loss < 1:
@@ -385,6 +392,32 @@ class Plan:
                     f"Leave {flag(name)} out.",
                 )
 
+    def _check_sharding(self) -> None:
+        self._refuse_declared("parallel", "NOT_FSDP", True)
+        refused = (
+            (
+                self.per_layer_update,
+                "--per-layer-update" if not self.halves.fused_backward else self.update,
+                "FSDP has the gradients of a whole decoder layer at once, and as shards",
+            ),
+            (
+                self.master_weights == "fp32",
+                "--master-weights fp32",
+                "with --dtype amp-bf16 its shards are fp32 already",
+            ),
+            (self.compile, "--compile", "effprof has not tried them together"),
+            (
+                self.architecture.foreign,
+                f"a model of type {self.architecture.model_type}",
+                "its decoder layers are not known",
+            ),
+        )
+        for hit, what, reason in refused:
+            if hit:
+                raise UsageError(
+                    f"--parallel fsdp does not go with {what}: {reason}.", "Use --parallel ddp."
+                )
+
     @property
     def architecture(self) -> Architecture:
         return architecture(self.model)
@@ -460,6 +493,11 @@ class Plan:
         found._check_per_layer()
         return found
 
+    @property
+    def autocast(self) -> bool:
+        """Whether torch's autocast casts weights; FSDP gathers them in the compute dtype itself."""
+        return self.amp and self.parallel != "fsdp"
+
     def as_dict(self) -> dict[str, Any]:
         """Every flag by its name, resolved; ``Plan(**plan.as_dict())`` is the same plan."""
         return {
@@ -486,6 +524,15 @@ def from_dict(values: Mapping[str, Any]) -> Plan:
     if isinstance(values.get("targets"), list):
         values["targets"] = tuple(values["targets"])
     return Plan(**values)
+
+
+def check_alone(plan: Plan, what: str) -> None:
+    """Raise UsageError for several GPUs where ``what`` runs on one."""
+    if plan.gpus > 1:
+        raise UsageError(
+            f"--gpus {plan.gpus} is not available here: {what} runs one process.",
+            "Use --gpus 1; effprof estimate answers for several.",
+        )
 
 
 def flag(name: str) -> str:

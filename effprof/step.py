@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from effprof import shards
 from effprof.model import Architecture, Matrix
 from effprof.plan import Plan
 from effprof.registry import INTEGERS, ITEMSIZE, Clock, Flops, Saved, Tensor
-from effprof.trained import Trained, trained
+from effprof.trained import Trained, cost, trained
 
 _NO_PRODUCTS = Flops()
 
@@ -88,28 +89,68 @@ class Step:
         }
 
     def resident(self) -> dict[str, int]:
-        """Requested bytes held between updates, by role."""
+        """Requested bytes held between updates, by role; of one process, where there are several
+        the one with most.
+        """
         sizes = dict.fromkeys(("weights", "gradients", "optimizer", "buffers"), 0)
         for unit, times in self.units():
             for tensor in unit.tensors:
-                sizes[tensor.role] += times * self.nbytes(tensor)
-            for kept in unit.trained:
-                if not (kept.covered and self.turns):
-                    sizes["optimizer"] += times * sum(map(self.nbytes, self.held(kept)))
-                    if self.plan.zero_grad == "zero":
-                        sizes["gradients"] += times * sum(map(self.gradient_bytes, kept.tensors))
+                sizes[tensor.role] += times * self._held_bytes(tensor)
         sizes["buffers"] += sum(map(self.nbytes, model_buffers(self.plan)))
-        if self.turns:
-            held = max((turn.values() for turn in self.turns), key=self._state_bytes)
-            sizes["optimizer"] += self._state_bytes(held)
-            if self.plan.zero_grad == "zero":
-                sizes["gradients"] += sum(
-                    self.gradient_bytes(t) for one in held for t in one.tensors
-                )
+        placed = [(name, one) for name, unit in self.placed for one in unit.trained]
+        owned = [(o, one) for o, (_, one) in zip(self.owners, placed, strict=True)]
+        owner = {name: o for o, (name, _) in zip(self.owners, placed, strict=True)}
+        always = [(o, one) for o, one in owned if not (one.covered and self.turns)]
+        turns = [[(owner[name], one) for name, one in turn.items()] for turn in self.turns]
+        held = [*always, *max(turns, key=self._state_bytes, default=())]
+        sizes["optimizer"] += self._state_bytes(held)
+        buckets = self.plan.parallel == "ddp" and not self.plan.per_layer_update
+        if self.plan.zero_grad == "zero" or buckets:
+            sizes["gradients"] += sum(
+                self._shard_bytes(t, self.gradient_bytes(t))
+                for _, one in held
+                for t in one.tensors
+                if not (buckets and self.plan.zero_grad == "none" and t.dtype in INTEGERS)
+            )
         return sizes
 
-    def _state_bytes(self, turn: Iterable[Trained]) -> int:
-        return sum(self.nbytes(tensor) for one in turn for tensor in self.held(one))
+    def _held_bytes(self, tensor: Tensor) -> int:
+        """Of a tensor of the model: FSDP keeps a shard of every parameter."""
+        size = self.nbytes(tensor)
+        return self._shard_bytes(tensor, size) if tensor.role == "weights" else size
+
+    def _shard_bytes(self, tensor: Tensor, size: int) -> int:
+        if self.plan.parallel != "fsdp":
+            return size
+        return size // tensor.numel * shards.held(tensor.shape, self.plan.gpus)
+
+    @functools.cached_property
+    def owners(self) -> tuple[int, ...]:
+        """Under FSDP the process that updates each thing trained, in the order of ``placed``; what
+        belongs to one replaced matrix has one owner. Elsewhere every process, 0 among them.
+        """
+        things: dict[str, list[Trained]] = {}
+        keys = []
+        for name, unit in self.placed:
+            for number, one in enumerate(unit.trained):
+                keys.append(name if unit.layer_half else f"{name} {number}")
+                things.setdefault(keys[-1], []).append(one)
+        if self.plan.parallel != "fsdp":
+            return (0,) * len(keys)
+        found = shards.owners([sum(map(cost, own)) for own in things.values()], self.plan.gpus)
+        by_key = dict(zip(things, found, strict=True))
+        return tuple(by_key[key] for key in keys)
+
+    def _state_bytes(self, found: Iterable[tuple[int, Trained]]) -> int:
+        """States of what is trained, each with its owner, on the process that has most of them."""
+        shared, loads = 0, [0] * self.plan.gpus
+        for owner, one in found:
+            for tensor in self.held(one):
+                if one.hosted:
+                    shared += self._shard_bytes(tensor, self.nbytes(tensor))
+                else:
+                    loads[owner] += self.nbytes(tensor)
+        return shared + max(loads)
 
     def held(self, kept: Trained) -> tuple[Tensor, ...]:
         """States that the device holds: torch's step counters stay with the CPU unless fused."""

@@ -16,13 +16,15 @@ ROLES = ("weights", "gradients", "optimizer", "buffers", "activations", "workspa
 class Tape:
     """``roles`` and ``labels`` are per storage.
 
-    ``marks`` say from which event on a phase of an update runs.
+    ``marks`` say from which event on a phase of an update runs; ``streams`` which storages were
+    allocated on another CUDA stream than the first.
     """
 
     events: list[tuple[int, int]] = field(default_factory=list)
     roles: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     marks: list[tuple[int, str, str]] = field(default_factory=list)
+    streams: dict[int, int] = field(default_factory=dict)
 
     def mark(self, update: str, phase: str) -> None:
         """From here on events belong to this phase of this kind of update."""

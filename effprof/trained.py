@@ -42,6 +42,13 @@ class Trained:
         return tuple(one for one in self.plain if one.dtype == "state" and one.name in stored)
 
 
+def cost(one: Trained) -> int:
+    """What owning it costs one process of several: the numbers of its weights and states, beside
+    which what torch updates as shards costs next to nothing.
+    """
+    return 1 if one.hosted else 1 + sum(tensor.numel for tensor in (*one.tensors, *one.state))
+
+
 def trained(
     recipe: Recipe,
     matrix: Matrix,

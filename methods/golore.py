@@ -52,6 +52,7 @@ NOT_WIDE = "a refresh rewrites factors between backward and update"
 NOT_8BIT = "its first moment is carried into each new basis, which 8-bit blocks are not"
 ONLY_OWN_UPDATE = "its first moment is carried into each new basis, which AdamW's rule allows"
 NOT_PER_LAYER = "a refresh needs the full gradient of a matrix before its factor is updated"
+NOT_FSDP = "a refresh needs the whole gradient of a matrix beside its factors"
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ STATE_DTYPE = "8bit"
 ONLY_OWN_UPDATE = "its weights are integers, which other updates do not know"
 NOT_FREEZE_REST = "integers take no gradient of their own: the embedding's graph carries it"
 QUEUE, TURN, GROWTH = 5, 0.4, 2  # similar bases looked at, how similar, how much rarer SVDs become
+NOT_FSDP = "integer weights have gradients outside autograd, which FSDP does not see"
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"micro_batch": "4"}, "cannot be '4'"),
     ({"keep_logits": "no"}, "cannot be 'no'"),
     ({"grad_accum": 0}, "positive"),
-    ({"gpus": 2}, "not available"),
+    ({"parallel": "ddp"}, "no effect on one GPU"),
+    ({"gpus": 2, "parallel": "fsdp", "method": "golore"}, "whole gradient"),
+    ({"gpus": 2, "parallel": "fsdp", "per_layer_update": True}, "as shards"),
+    ({"gpus": 2, "parallel": "fsdp", "method": "lomo"}, "lomo"),
     ({"targets": ("attention", "head")}, "'head'"),
     ({"attention": "flash"}, "Unknown --attention"),
 ]

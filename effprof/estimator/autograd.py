@@ -54,13 +54,16 @@ Saving = Callable[[Value], "Value | Holder"]
 
 
 class Leaf:
-    """A parameter's place in the graph: where its gradient ends."""
+    """A parameter's place in the graph: where its gradient ends, or the ``shard`` of it that one
+    of several processes keeps.
+    """
 
-    __slots__ = ("gradient", "label", "sequence")
+    __slots__ = ("gradient", "label", "sequence", "shard")
 
     def __init__(self, label: str) -> None:
         self.label = label
         self.gradient: Value | None = None
+        self.shard: Value | None = None
         self.sequence = sys.maxsize  # torch runs AccumulateGrad before any other ready node
 
 

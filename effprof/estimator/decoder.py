@@ -8,12 +8,13 @@ integrations/sdpa_attention.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from effprof.estimator import operations as ops
 from effprof.estimator.attention import attend
 from effprof.estimator.autograd import Graph, Leaf, Value
 from effprof.estimator.experts import mix
+from effprof.estimator.sharded import Sharded
 from effprof.gpus import Gpu
 from effprof.kernels import Attention, embedding_backward
 from effprof.model import Architecture, Matrix
@@ -42,6 +43,7 @@ class Decoder:
         self.shape: Architecture = step.architecture
         self.compute = step.itemsize("compute")
         self.casts: dict[int, Value] = {}
+        self.sharded = Sharded(graph, step) if step.plan.parallel == "fsdp" else None
         self.weights: dict[str, Weights] = {}
         self.units: dict[str, Unit] = {}
         for name, unit in step.placed:
@@ -54,6 +56,8 @@ class Decoder:
 
     def _place(self, name: str, tensor: Tensor) -> Value:
         label = name if tensor.name == "weight" else f"{name[:-6]}{tensor.name}"
+        if self.sharded is not None and tensor.role == "weights":
+            return self.sharded.place(name, tensor, label)
         itemsize = self.step.itemsize(tensor.dtype)
         value = self.graph.parameter(tensor.numel, itemsize, label, trainable=tensor.trainable)
         self.graph.roles[value.storage.index] = tensor.role
@@ -68,6 +72,13 @@ class Decoder:
 
     def forward(self, ids: Value, labels: Value) -> tuple[Value, Value]:
         """The loss of one micro-batch, and its logits."""
+        if self.sharded is None:
+            return self._forward(ids, labels)
+        self.sharded.begin()
+        loss, logits = self._forward(ids, labels)
+        return self.sharded.end(loss), logits
+
+    def _forward(self, ids: Value, labels: Value) -> tuple[Value, Value]:
         graph, shape = self.graph, self.shape
         graph.module = "model."
         scratch: tuple[tuple[int, str], ...] = ()
@@ -86,16 +97,19 @@ class Decoder:
         mask = self._mask(hidden.itemsize)
         rng_bytes = CPU_RNG_STATE if self.plan.device == "cpu" else 0
         for index in range(shape.layers):
-            layer = _Layer(self, index, cos, sin, mask, positions)
+            run: Callable[[Value], Value]
+            run = _Layer(self, index, cos, sin, mask, positions).forward
+            if self.sharded is not None:
+                run = self.sharded.layer(index, run)
             if self.plan.checkpointing == "full" and graph.recording:
-                hidden = graph.checkpoint(layer.forward, hidden, self.casts.clear, rng_bytes)
+                hidden = graph.checkpoint(run, hidden, self.casts.clear, rng_bytes)
             else:
-                hidden = layer.forward(hidden)
+                hidden = run(hidden)
         graph.module = "model.norm."
         hidden = self.norm(hidden, "model.norm.weight")
         graph.module = "lm_head."
         head = self.weight("model.embed_tokens.weight" if shape.tied else "lm_head.weight")
-        del layer, embedded, cos, sin, mask, positions
+        del run, embedded, cos, sin, mask, positions
         if self.plan.loss == "chunked":
             loss = self._chunked_loss(hidden, head, labels)
             return loss, loss

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from effprof.estimator.time import Time
 
 SCHEMA = "effprof.estimate/1"
+_ONE_NODE = 8  # GPUs
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +178,7 @@ def fits(plan: Plan, found: Memory, card: Gpu, *, calibrated: bool = True) -> tu
         common = [gpu.calibrated() for gpu in common]
     cards = [card, *common] if plan.gpu else common
     # Each card's own context: a Turing card's is a fifth of an Ampere's.
-    room = [(gpu, gpu.memory - found.reserved - gpu.context) for gpu in cards]
+    room = [(gpu, gpu.memory - found.reserved - gpu.outside(plan.gpus)) for gpu in cards]
     return tuple(Fit(gpu, left >= 0, left) for gpu, left in room)
 
 
@@ -222,6 +223,10 @@ def not_modelled(plan: Plan) -> tuple[str, ...]:
         )
     dropouts = ("attention_dropout", "resid_pdrop", "embd_pdrop", "router_jitter_noise")
     found += [f"{key} in config.json" for key in dropouts if shape.config.get(key)]
+    if plan.gpus > _ONE_NODE:
+        found.append(
+            f"the network between nodes: all {plan.gpus} GPUs are taken to share one card's links"
+        )
     decomposed = {"svd", "refactorize", "exact_every"}
     if plan.device == "cuda" and decomposed & {*plan.settings, *plan.update_settings}:
         found.append("cuSOLVER's own workspace during a refresh")

@@ -18,7 +18,7 @@ from effprof.step import Step, Unit
 
 @dataclass(frozen=True, slots=True)
 class UpdateFlops:
-    """FLOPs per optimizer update, all micro-steps included.
+    """FLOPs per optimizer update, of all GPUs and all micro-steps.
 
     ``forward_per_token`` is of the method's own forward.
     """
@@ -49,10 +49,13 @@ def flops(step: Step) -> UpdateFlops:
     if plan.checkpointing == "full":
         recomputed = layers_forward - never_recomputed(step, tokens)
     update, periodic = _optimizer(step)
+    micro_steps = plan.grad_accum * plan.gpus
+    if plan.parallel == "ddp":  # every replica makes the same update
+        update, periodic = update * plan.gpus, periodic * plan.gpus
     return UpdateFlops(
         forward_per_token=forward / tokens,
-        dense_equivalent=3 * dense_forward * plan.grad_accum,
-        executed=round((forward + backward + recomputed) * plan.grad_accum),
+        dense_equivalent=3 * dense_forward * micro_steps,
+        executed=round((forward + backward + recomputed) * micro_steps),
         update=update,
         periodic=periodic,
     )

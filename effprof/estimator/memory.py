@@ -73,9 +73,10 @@ def measure(plan: Plan, tape: Tape, gpu: Gpu = DEFAULT) -> Memory:
     if plan.device == "cpu":
         peak = tapes.peak(tape)
         return Memory(peak, peak.size, None, None, tape)
-    replay = allocator.replay(tape.events, len(tape.roles), allocator.Settings.of(plan.allocator))
+    settings = allocator.Settings.of(plan.allocator)
+    replay = allocator.replay_streams(tape.events, len(tape.roles), tape.streams, settings)
     peak = tapes.peak(tape, replay.blocks)
-    return Memory(peak, replay.peak_requested, replay, gpu.context, tape)
+    return Memory(peak, replay.peak_requested, replay, gpu.outside(plan.gpus), tape)
 
 
 def synthesize(step: Step, gpu: Gpu = DEFAULT) -> Tape:

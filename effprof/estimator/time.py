@@ -1,7 +1,7 @@
 """How long an update takes: each product on its roofline, the rest by its bytes, and launches.
 
 Every rate is a named constant with its source, replaced by what a probe measured on the card. What
-is not in it: communication, input pipelines, and what ``--compile`` fuses.
+is not in it: input pipelines, and what ``--compile`` fuses.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from effprof.estimator.flops import UpdateFlops
 from effprof.estimator.memory import no_collector, synthesize
+from effprof.estimator.network import Traffic, rate_of, traffic
 from effprof.estimator.work import Work, work
 from effprof.gpus import DEFAULT, Gpu
 from effprof.plan import Plan
@@ -69,7 +70,8 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Time:
-    """Seconds of one optimizer update: by phase (refresh amortised), with the error to expect.
+    """Seconds of one optimizer update: by phase (refresh amortised, communication as far as
+    nothing hides it), with the error to expect.
 
     ``mfu`` is dense-equivalent FLOPs and ``utilisation`` executed ones over ``peak``, the card's
     dense FLOP/s of products in ``units``: its compute dtype, or fp32 where it has no bf16 units.
@@ -84,8 +86,10 @@ class Time:
     peak: float | None
     units: str
     run_updates: int | None
-    power: float | None
+    power: float | None  # of all GPUs
     measured: bool
+    gpus: int = 1
+    network: Traffic | None = None
 
     @property
     def update(self) -> float:
@@ -102,9 +106,13 @@ class Time:
         """Seconds of the whole run, where the plan has a token budget."""
         return None if self.run_updates is None else self.run_updates * self.update
 
+    def cost(self, price: float | None) -> float | None:
+        """What the run costs where an hour of one GPU has this price."""
+        return None if self.run is None or not price else self.run / 3600 * price * self.gpus
+
     def as_dict(self, price: float | None = None) -> dict[str, Any]:
-        """The JSON object: seconds, tokens per second, joules (at the card's board power), and what
-        the run costs at a price per hour.
+        """The JSON object: seconds, tokens per second, joules (at the cards' board power), and what
+        the run costs at a card's price per hour.
         """
         low, high = self.update * (1 - self.spread), self.update * (1 + self.spread)
         return {
@@ -121,8 +129,9 @@ class Time:
             "mfu_units": self.units,
             "run_seconds": self.run,
             "run_joules": None if self.run is None or not self.power else self.run * self.power,
-            "run_cost": None if self.run is None or not price else self.run / 3600 * price,
+            "run_cost": self.cost(price),
             "measured_rates": self.measured,
+            "communication": None if self.network is None else self.network.as_dict(),
         }
 
 
@@ -135,6 +144,10 @@ def time(step: Step, tape: Tape, card: Gpu, count: UpdateFlops) -> Time | None:
     found = work(step, tape, card)
     on_cpu = plan.device == "cpu"
     phases = {name: seconds(one, rates, on_cpu=on_cpu) for name, one in found.items()}
+    network = None
+    if plan.gpus > 1:
+        network = traffic(step, card, phases)
+        phases["communication"] = network.exposed
     update, peak = sum(phases.values()), None if on_cpu else card.peak(plan.compute_dtype)
     positions = plan.global_batch * plan.seq_len
     old = plan.compute_dtype == "bf16" and card.lacks_bf16
@@ -143,13 +156,15 @@ def time(step: Step, tape: Tape, card: Gpu, count: UpdateFlops) -> Time | None:
         phases,
         positions,
         SPREAD if rates.measured or card.capability in _SEEN else SPREAD_UNSEEN,
-        count.dense_equivalent / update / peak if peak else None,
-        count.executed / update / peak if peak else None,
+        count.dense_equivalent / plan.gpus / update / peak if peak else None,
+        count.executed / plan.gpus / update / peak if peak else None,
         peak,
         "fp32" if old else plan.compute_dtype,
         None if plan.tokens is None else -(-plan.tokens // positions),
-        None if on_cpu else card.power,
+        None if on_cpu or card.power is None else card.power * plan.gpus,
         rates.measured,
+        plan.gpus,
+        network,
     )
 
 
@@ -157,6 +172,8 @@ def unknown(card: Gpu, plan: Plan) -> str:
     """Why a plan's time is not known on a card; empty where it is."""
     if plan.compile:
         return "what --compile fuses is not modelled"
+    if plan.gpus > 1 and (plan.device == "cpu" or rate_of(card) is None):
+        return "how fast its processes speak to one another is not known"
     if rates_of(card, plan) is not None:
         return ""
     if plan.device == "cpu":

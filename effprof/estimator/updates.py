@@ -8,10 +8,13 @@ from typing import Any
 
 from effprof.estimator.autograd import Graph, Leaf, Storage, Value
 from effprof.estimator.decoder import Decoder
+from effprof.estimator.replicas import Replicas
 from effprof.gpus import Gpu
 from effprof.model import Matrix
-from effprof.registry import Clock, Tensor, phases
-from effprof.step import Step, layer_of
+from effprof.plan import Plan
+from effprof.registry import INTEGERS, Clock, Tensor, phases
+from effprof.shards import held
+from effprof.step import Step, Unit, layer_of
 from effprof.trained import Trained
 
 
@@ -25,6 +28,7 @@ class _Cell:
     targeted: bool
     state: list[Value] = field(default_factory=list)
     active: bool = True
+    owner: int = 0  # the process that updates it, where tensors are sharded
 
     @property
     def leaves(self) -> Iterator[Leaf]:
@@ -34,12 +38,31 @@ class _Cell:
 @dataclass(frozen=True, slots=True)
 class _Recording:
     """Where a micro-step is on the tape: its events (start, turn to backward, end), its storages
-    (first, last), and the gradients it left: (storage, numel, itemsize).
+    (first, last), and the gradients it left: (storage, bytes of it, numel, itemsize), or None where
+    they lie in a bucket.
     """
 
     events: tuple[int, int, int]
     storages: tuple[int, int]
-    gradients: list[tuple[int, int, int]]
+    gradients: list[tuple[int, int, int, int] | None]
+
+
+_Key = tuple[bool, tuple[tuple[int, bool], ...]]
+
+
+def replayed(plan: Plan) -> int:
+    """The micro-steps of an update that stand for all: a first and a later one; where only the last
+    is reduced, one between them.
+    """
+    return min(plan.grad_accum, 3 if plan.parallel == "ddp" else 2)
+
+
+def _kept(leaf: Leaf) -> Value | None:
+    return leaf.gradient if leaf.shard is None else leaf.shard
+
+
+def _apart(replicas: Replicas, leaf: Leaf) -> bool:
+    return leaf.gradient is not None and not replicas.holds(leaf)
 
 
 class Run:
@@ -51,22 +74,27 @@ class Run:
         self.plan = step.plan
         graph.tape.mark("build", "build")
         self.decoder = Decoder(graph, step, gpu)
+        placed = [(name, unit, one) for name, unit in step.placed for one in unit.trained]
         self.cells = [
             _Cell(
                 name,
                 one,
                 tuple(self.decoder.weights[name][t.name] for t in one.tensors),
                 unit.layer_half,
+                owner=owner,
             )
-            for name, unit in step.placed
-            for one in unit.trained
+            for (name, unit, one), owner in zip(placed, step.owners, strict=True)
         ]
-        self.seen: dict[tuple[tuple[int, bool], ...], _Recording] = {}
-        self.reached: set[tuple[tuple[int, bool], ...]] = set()
+        self.seen: dict[_Key, _Recording] = {}
+        self.reached: set[_Key] = set()
         self.number = 0
+        self.replicas: Replicas | None = None
         if self.plan.per_layer_update:
             self.by_leaf = {id(leaf): cell for cell in self.cells for leaf in cell.leaves}
             graph.on_gradient = self.update_in_backward
+        elif self.plan.parallel == "ddp":
+            self.replicas = Replicas(graph)
+            graph.on_gradient = self.replicas.receive
         # cuBLAS keeps one workspace per handle, and backward's thread has a handle of its own.
         threads = ("forward", "backward") if self.plan.device == "cuda" else ()
         self.workspaces = [
@@ -81,22 +109,35 @@ class Run:
             for cell in self.cells:  # a turn that has begun
                 if cell.active:
                     self._allocate_state(cell)
-        for _ in range(min(self.plan.grad_accum, 2)):  # a first and a later micro-step say it all
-            self.micro_step(kind)
+        if self.replicas is not None:
+            self.replicas.wrap(self._reducible())
+        micro_steps = replayed(self.plan)
+        for turn in range(1, micro_steps + 1):
+            self.micro_step(kind, last=turn == micro_steps)
         self._before_step(kind)
         self.apply(kind)
         if self.plan.zero_grad == "none":
             for _, leaf in self._parameters():
-                leaf.gradient = None
+                leaf.gradient = leaf.shard = None
 
     def place_gradients(self) -> None:
         """Every gradient that is not there, as a backward before would have left it."""
+        if self.replicas is not None:
+            self.replicas.wrap(self._reducible())
+            for _, reduced in self._reducible():
+                reduced.gradient = self.replicas.view(reduced)
+        gpus = self.plan.gpus if self.decoder.sharded else 1
         for name, unit in self.step.placed:
             for tensor in unit.tensors:
                 leaf = self.decoder.weights[name][tensor.name].node
-                if isinstance(leaf, Leaf) and leaf.gradient is None:
-                    size = self.step.gradient_bytes(tensor)
-                    leaf.gradient = self.graph.allocate(size, 1, leaf.label, "gradients")
+                if isinstance(leaf, Leaf) and _kept(leaf) is None:
+                    size = self.step.gradient_bytes(tensor) // tensor.numel
+                    numel = held(tensor.shape, gpus)
+                    made = self.graph.allocate(numel, size, leaf.label, "gradients")
+                    if self.decoder.sharded is None:
+                        leaf.gradient = made
+                    else:
+                        leaf.shard = made
 
     def place_states(self) -> None:
         """Every optimizer state, as the first update leaves it."""
@@ -108,9 +149,7 @@ class Run:
         self.graph.tape.mark(kind, "update")
         if not self.plan.per_layer_update:
             self._hosted_update()
-            for cell in self.cells:
-                if cell.active and not cell.trained.hosted:
-                    self._own_update(cell, kind)
+            self._own_updates(kind)
         self._restart(kind)
         self.graph.module = ""
 
@@ -122,9 +161,14 @@ class Run:
         for cell in self.cells:
             if cell.active:
                 self._allocate_state(cell)
-        for value, leaf in self._parameters() if self.plan.zero_grad == "zero" else ():
-            if value.needs_grad:
-                leaf.gradient = graph.allocate(value.numel, value.itemsize, leaf.label, "gradients")
+        gpus = self.plan.gpus if self.decoder.sharded else 1
+        if self.replicas is not None:
+            self.replicas.wrap(self._reducible())
+        elif self.plan.zero_grad == "zero":
+            for value, leaf in self._parameters():
+                numel = -(-value.numel // gpus)
+                if value.needs_grad:
+                    leaf.shard = graph.allocate(numel, value.itemsize, leaf.label, "gradients")
         graph.tape.mark("evaluation", "forward")
         graph.recording = False
         ids = graph.allocate(self.plan.positions, 8, "input_ids", "activations")
@@ -144,7 +188,7 @@ class Run:
                 for value in cell.weights:
                     value.needs_grad = active
                 for leaf in () if active else cell.leaves:
-                    leaf.gradient = None
+                    leaf.gradient = leaf.shard = None
                 if not active and getattr(half, "ACTIVE_STATE", False):
                     cell.state = []
         layer_half: Any = self.plan.halves.layer
@@ -174,22 +218,41 @@ class Run:
         values = [v for weights in self.decoder.weights.values() for v in weights.values()]
         return [(value, value.node) for value in values if isinstance(value.node, Leaf)]
 
-    def micro_step(self, kind: str) -> None:
+    def _reducible(self) -> list[tuple[Value, Leaf]]:
+        """What DDP reduces: parameters that need a gradient, of autograd's making."""
+        integers = {
+            f"{name[:-6]}{tensor.name}"
+            for name, unit in self.step.placed
+            for tensor in unit.tensors
+            if tensor.dtype in INTEGERS
+        }
+        return [
+            (value, leaf)
+            for value, leaf in self._parameters()
+            if value.needs_grad and leaf.label not in integers
+        ]
+
+    def micro_step(self, kind: str, *, last: bool = True) -> None:
         """Forward and backward.
 
         What ran before with gradients as they are now is repeated event by event.
         """
-        graph, tape = self.graph, self.graph.tape
+        graph, tape, replicas = self.graph, self.graph.tape, self.replicas
         tape.mark(kind, "forward")
+        if replicas is not None:
+            replicas.begin()
+            replicas.syncing = last
         leaves = [leaf for value, leaf in self._parameters() if value.needs_grad]
-        key = tuple((id(leaf), leaf.gradient is not None) for leaf in leaves)
-        fresh = [leaf for leaf in leaves if leaf.gradient is None]
+        key = (last, tuple((id(leaf), _kept(leaf) is not None) for leaf in leaves))
+        fresh = [leaf for leaf in leaves if _kept(leaf) is None]
         again = kind == "periodic" and key in self.reached
         if kind != "first":
             self.reached.add(key)
         if key in self.seen:
             self._repeat(kind, fresh, self.seen[key], again=again)
             return
+        # Gradients that moved into their buckets were not born in this micro-step: no repetition.
+        moved = replicas is not None and last and any(_apart(replicas, leaf) for leaf in leaves)
         first_event, first_storage = len(tape.events), len(tape.roles)
         ids = graph.allocate(self.plan.positions, 8, "input_ids", "activations")
         loss, logits = self.decoder.forward(ids, ids)
@@ -199,12 +262,18 @@ class Run:
         turn = len(tape.events)
         tape.mark(kind, "backward")
         graph.backward(loss)
+        if self.decoder.sharded is not None:
+            self.decoder.sharded.finish()
         del kept, ids, loss
-        if not self.plan.per_layer_update:  # whose first update also allocates states
-            made = [leaf.gradient for leaf in fresh if leaf.gradient is not None]
-            gradients = [(v.storage.index, v.numel, v.itemsize) for v in made]
+        if not self.plan.per_layer_update and not moved:  # whose first update also allocates states
+            made = [_kept(leaf) for leaf in fresh]
+            gradients = [None if v is None or v.storage.index < first_storage else v for v in made]
+            places = [
+                None if v is None else (v.storage.index, v.storage.size, v.numel, v.itemsize)
+                for v in gradients
+            ]
             span = (first_event, turn, len(tape.events))
-            self.seen[key] = _Recording(span, (first_storage, len(tape.roles)), gradients)
+            self.seen[key] = _Recording(span, (first_storage, len(tape.roles)), places)
 
     def _repeat(self, kind: str, fresh: list[Leaf], recording: _Recording, *, again: bool) -> None:
         """Append a recorded micro-step's events again, with new storages for its own.
@@ -213,20 +282,35 @@ class Run:
         has been reached.
         """
         tape, graph = self.graph.tape, self.graph
-        if again:
-            for leaf, (_, numel, size) in zip(fresh, recording.gradients, strict=True):
-                leaf.gradient = graph.allocate(numel, size, leaf.label, "gradients")
-            return
         (start, turn, end), (first, last) = recording.events, recording.storages
         offset = len(tape.roles) - first
-        events = tape.events
-        events += [(storage + offset, size) for storage, size in events[start:turn]]
-        tape.mark(kind, "backward")
-        events += [(storage + offset, size) for storage, size in events[turn:end]]
-        tape.roles += tape.roles[first:last]
-        tape.labels += tape.labels[first:last]
-        for leaf, (index, numel, size) in zip(fresh, recording.gradients, strict=True):
-            leaf.gradient = Value(Storage(graph, index + offset, numel * size), numel, size)
+        if not again:
+            events = tape.events
+            events += [(storage + offset, size) for storage, size in events[start:turn]]
+            tape.mark(kind, "backward")
+            events += [(storage + offset, size) for storage, size in events[turn:end]]
+            tape.roles += tape.roles[first:last]
+            tape.labels += tape.labels[first:last]
+            for storage, stream in tuple(tape.streams.items()):
+                if first <= storage < last:
+                    tape.streams[storage + offset] = stream
+        made: dict[int, Storage] = {}
+        for leaf, place in zip(fresh, recording.gradients, strict=True):
+            if place is None:
+                leaf.gradient = self.replicas.view(leaf) if self.replicas else None
+                continue
+            index, size, numel, itemsize = place
+            if index not in made:
+                made[index] = (
+                    graph.allocate(size, 1, leaf.label, "gradients").storage
+                    if again
+                    else Storage(graph, index + offset, size)
+                )
+            value = Value(made[index], numel, itemsize)
+            if self.decoder.sharded is None:
+                leaf.gradient = value
+            else:
+                leaf.shard = value
 
     def update_in_backward(self, leaf: Leaf) -> None:
         """What ``--per-layer-update`` does when a gradient is complete: update, and free it."""
@@ -269,6 +353,32 @@ class Run:
         for cell in self.cells:
             cell.active = True
 
+    def _own_updates(self, kind: str) -> None:
+        """Every cell that torch does not update; where they are sharded, process 0's with the whole
+        of its weights and gradients beside it.
+        """
+        for cell in self.cells:
+            if not cell.active or cell.trained.hosted or cell.owner:
+                continue
+            whole = self._gathered(cell) if self.decoder.sharded else []
+            self._own_update(cell, kind)
+            del whole
+
+    def _gathered(self, cell: _Cell) -> list[Value]:
+        return [
+            self._whole(tensor, f"whole_{what}")
+            for what in ("gradient", "weight")
+            for tensor in cell.trained.tensors
+        ]
+
+    def _whole(self, tensor: Tensor, label: str) -> Value:
+        """A sharded tensor gathered from every process, by gloo through one more like it."""
+        numel = held(tensor.shape, self.plan.gpus) * self.plan.gpus
+        made = self.graph.allocate(numel, self.step.itemsize(tensor.dtype), label)
+        if self.graph.on_cpu:
+            self.graph.allocate(made.numel, made.itemsize, "gloo")
+        return made
+
     def _hosted_update(self) -> None:
         """torch's AdamW: nothing when fused, one copy of all it moves as foreach, two of one
         tensor as a loop.
@@ -276,14 +386,25 @@ class Run:
         hosted = [cell for cell in self.cells if cell.active and cell.trained.hosted]
         for cell in hosted:
             self._allocate_state(cell)
-        held = []
+        held_back = []
         for cell in hosted:
             self.graph.module = f"optimizer.{cell.name}."
-            tensors = cell.trained.transient.get(self.plan.optimizer_impl, ())
-            made = self._temporaries(tensors)
+            made = self._temporaries(self._transient(cell))
             if self.plan.optimizer_impl == "foreach":
-                held += made
+                held_back += made
             del made
+
+    def _transient(self, cell: _Cell) -> tuple[Tensor, ...]:
+        """What torch's optimizer holds for a cell."""
+        found = cell.trained.transient.get(self.plan.optimizer_impl, ())
+        if self.decoder.sharded is None:
+            return found
+        return tuple(replace(one, shape=(self._local(cell, one),)) for one in found)
+
+    def _local(self, cell: _Cell, tensor: Tensor) -> int:
+        """Numbers that process 0 has of a tensor: torch's own optimizers work on shards."""
+        sharded = self.decoder.sharded is not None and cell.trained.hosted and tensor.shape
+        return held(tensor.shape, self.plan.gpus) if sharded else tensor.numel
 
     def _own_update(self, cell: _Cell, kind: str) -> None:
         """A half's own function, phase by phase; in backward (no kind) phases are not marked."""
@@ -304,20 +425,30 @@ class Run:
         if half is None or "restart" not in phases(half, settings, self.number):
             return
         self.graph.tape.mark(kind, "restart")
+        elsewhere = {cell.name for cell in self.cells if cell.owner}
         for name, unit in self.step.placed:
-            if unit.layer_half:
+            if unit.layer_half and name not in elsewhere:
                 self.graph.module = f"{name[:-6]}restart."
+                whole = self._whole_layer(unit) if self.decoder.sharded else []
                 self._stages(unit.transient, "restart")
+                del whole
+
+    def _whole_layer(self, unit: Unit) -> list[Value]:
+        """A replaced matrix with the states that torch keeps as shards, gathered at its owner."""
+        states = [t for one in unit.trained if one.hosted for t in one.state if t.shape]
+        weights = [tensor for tensor in unit.tensors if tensor.role == "weights"]
+        return [self._whole(tensor, f"whole_{tensor.name}") for tensor in (*weights, *states)]
 
     def _allocate_state(self, cell: _Cell) -> None:
-        if cell.state:
+        if cell.state or (cell.owner and not cell.trained.hosted):
             return
         outer = self.graph.module
         stem = cell.name.removesuffix(".weight")
         self.graph.module = f"{stem}.{cell.trained.tensors[0].name}."
         for tensor in self.step.held(cell.trained):
             size = self.step.itemsize(tensor.dtype)
-            cell.state.append(self.graph.allocate(tensor.numel, size, tensor.name, "optimizer"))
+            numel = self._local(cell, tensor)
+            cell.state.append(self.graph.allocate(numel, size, tensor.name, "optimizer"))
         self.graph.module = outer
 
     def _stages(self, transient: Mapping[str, tuple[Tensor, ...]], phase: str) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from effprof.estimator.attention import plan_attention
 from effprof.estimator.backward import backward_flops
 from effprof.estimator.flops import attention_forward, never_recomputed
+from effprof.estimator.updates import replayed
 from effprof.gpus import Gpu
 from effprof.model import Matrix
 from effprof.registry import Tensor
@@ -31,6 +32,7 @@ ATTENTION_BACKWARD = 2.5
 BACKWARD_TRAFFIC = 1.7  # of the forward's, in a full-rank step of the synthesized tape
 MAPPED = 32 * 2**20  # glibc's largest mmap threshold: beyond it every allocation is new pages
 _DECOMPOSED = ("svd", "refactorize", "exact")  # periodic parts that are SVDs and QRs
+_SENT = frozenset(("all_gather_output", "gloo"))  # written by the network
 _MATRICES = ("q", "k", "v", "o", "qkv", "gate", "up", "gate_up", "down")
 _PRODUCTS = frozenset(
     (
@@ -82,6 +84,8 @@ def multiply(step: Step, card: Gpu, found: dict[str, Work]) -> None:
     total = sum(flops for flops, _ in backward)
     share = exact / total if total else 0.0
     backward = [(flops * share, size * share) for flops, size in backward]
+    if plan.parallel == "ddp" and not plan.per_layer_update:  # copied into buckets
+        found["backward"].traffic += 2 * step.resident()["gradients"]
     if step.turns:  # the tape's turn is one of many; this is their mean
         found["backward"].traffic = BACKWARD_TRAFFIC * share * found["forward"].traffic
         found["backward"].kernels = BACKWARD_TRAFFIC * share * found["forward"].kernels
@@ -166,8 +170,8 @@ def _attend(step: Step, card: Gpu, found: dict[str, Work], attention: float, aga
 
 
 def _traffic(step: Step, tape: Tape, found: dict[str, Work]) -> None:
-    """Elementwise kernels of the steady update, from the tape; its second micro-step stands for all
-    that accumulate.
+    """Elementwise kernels of the steady update, from the tape; its second micro-step stands for
+    those that are not on it.
     """
     ends = [start for start, _, _ in tape.marks[1:]] + [len(tape.events)]
     micro_steps = 0
@@ -176,9 +180,9 @@ def _traffic(step: Step, tape: Tape, found: dict[str, Work]) -> None:
             continue
         micro_steps += phase == "forward"
         one = found[phase if phase in found else "update"]
-        # The tape has the first micro-step and one of those that accumulate.
-        later = micro_steps > 1 and phase in ("forward", "backward")
-        scale = step.plan.grad_accum - 1.0 if later else 1.0
+        # The tape's second micro-step stands for all that are not on it.
+        stands = micro_steps == 2 and phase in ("forward", "backward")
+        scale = step.plan.grad_accum - replayed(step.plan) + 1.0 if stands else 1.0
         for storage, size in tape.events[start:end]:
             if size <= 0:
                 continue
@@ -189,7 +193,7 @@ def add_kernel(one: Work, tape: Tape, storage: int, size: int, times: float = 1.
     """The kernel that allocated ``size`` bytes; a product's traffic is with its FLOPs."""
     one.kernels += times
     operation = tape.labels[storage].rpartition(".")[2]
-    if tape.roles[storage] == "gradients" or operation in _PRODUCTS:
+    if tape.roles[storage] == "gradients" or operation in _PRODUCTS or operation in _SENT:
         return
     one.traffic += times * TRAFFIC * size
     if size >= MAPPED:
@@ -199,16 +203,18 @@ def add_kernel(one: Work, tape: Tape, storage: int, size: int, times: float = 1.
 def rewrite(step: Step, found: dict[str, Work]) -> None:
     """What the update reads and writes of weights, gradients and states, and its products."""
     plan, turns = step.plan, len(step.turns) or 1
+    processes = plan.gpus if plan.parallel == "fsdp" else 1
     one, refresh = found["update"], found["refresh"]
     layer = plan.halves.layer
     layer_events = plan.halves.one_file or not hasattr(layer, "update")
     for unit, times in step.units():
         if layer_events:
-            _seldom(refresh, unit.products.periodic, times)
+            _seldom(refresh, unit.products.periodic, times / processes)
         for trained in unit.trained:
             half, settings = plan.recipe.half(covered=trained.covered)
             declared = half.flops(trained.matrix, plan.positions, settings)
-            often = times / (turns if trained.covered else 1)
+            # Shards, or owners with their part of the matrices, share an update's work.
+            often = times / (turns if trained.covered else 1) / processes
             item = step.itemsize("state") or 2
             for flops in declared.update.values():
                 one.products.append((often * flops, often * _thin(flops, trained.matrix, item)))
@@ -220,10 +226,10 @@ def rewrite(step: Step, found: dict[str, Work]) -> None:
             one.traffic += often * (held if fused else max(held, chain))
             one.kernels += often * (0.05 if fused else _passes(declared.elementwise, trained))
             if half is not layer:
-                _seldom(refresh, declared.periodic, times)
+                _seldom(refresh, declared.periodic, times / processes)
 
 
-def _seldom(refresh: Work, parts: Mapping[str, float], times: int) -> None:
+def _seldom(refresh: Work, parts: Mapping[str, float], times: float) -> None:
     """Periodic work by its name: decompositions, else products."""
     for name, flops in parts.items():
         if name in _DECOMPOSED:

@@ -19,7 +19,7 @@ from effprof.errors import EffprofError, NoDeviceError, UsageError
 from effprof.files import write_whole
 from effprof.measure import host
 from effprof.measure.sampler import INTERVAL
-from effprof.plan import Plan
+from effprof.plan import Plan, check_alone
 from effprof.prober.records import Probe, probed, read
 
 SECONDS, TIME_LIMIT = 30.0, 900.0
@@ -52,6 +52,7 @@ def probe(plan: Plan, habits: Habits | None = None, *, record: Path | None = Non
 
     Raises EffprofError where the child reports an error of the plan itself.
     """
+    check_alone(plan, "a probe")
     habits = habits or Habits()
     with tempfile.TemporaryDirectory(prefix="effprof-probe-") as folder:
         path = Path(folder) / "records.jsonl"

@@ -59,9 +59,14 @@ class Held:
 
 
 def regular(plan: Plan) -> bool:
-    """Whether each micro-step is like the others, which blocks that take turns are not."""
+    """Whether each micro-step is like the others, which blocks that take turns are not, nor those
+    of several processes, of which some reduce gradients.
+    """
     hooks = ("active", "differentiated", "before_step", "turns")
-    return not any(hasattr(half, hook) for half, _ in plan.recipe.hooked() for hook in hooks)
+    alone = plan.parallel == "none"
+    return alone and not any(
+        hasattr(half, hook) for half, _ in plan.recipe.hooked() for hook in hooks
+    )
 
 
 def passage(

@@ -16,6 +16,7 @@ from effprof import registry
 from effprof.estimator.advice import advise
 from effprof.estimator.estimate import Estimate, Fit
 from effprof.estimator.memory import Memory
+from effprof.estimator.network import Traffic
 from effprof.estimator.quality import unknown
 from effprof.model import Architecture
 from effprof.plan import Plan
@@ -111,7 +112,8 @@ def show_memory(out: Console, plan: Plan, memory: Memory) -> None:
         rows.add_row(
             "reserved", gib(replay.peak_reserved), "", f"segments; {unused} unused in them"
         )
-        context = f"with {gib(memory.context)} of CUDA context: what NVML shows"
+        beside = "CUDA context and NCCL" if plan.gpus > 1 else "CUDA context"
+        context = f"with {gib(memory.context)} of {beside}: what NVML shows"
         rows.add_row("process", gib(memory.process_total), "", context)
     out.print(rows)
 
@@ -130,6 +132,7 @@ def describe(plan: Plan) -> str:
     parts = [
         f"{plan.micro_batch} × {plan.seq_len} positions",
         f"accumulation {plan.grad_accum}" if plan.grad_accum > 1 else "",
+        f"{plan.gpus} GPUs, {plan.parallel}" if plan.gpus > 1 else "",
         plan.dtype,
         f"{plan.update} updates" if plan.update != registry.method(plan.method).update_name else "",
         f"AdamW {plan.optimizer_impl}" if plan.state_dtype == "same" else "",
@@ -174,6 +177,8 @@ def _show_time(out: Console, result: Estimate) -> None:
     if time.phases["refresh"] > 0.005 * time.update:
         line += f" ({duration(time.phases['refresh'])} periodic)"
     out.print(line)
+    if time.network is not None:
+        out.print(_network(time.network, plan))
     if time.units != plan.compute_dtype:
         out.print(f"This card has no {plan.compute_dtype} units.", style="yellow")
     if time.run is not None:
@@ -181,8 +186,18 @@ def _show_time(out: Console, result: Estimate) -> None:
         if time.power:
             line += f", up to {time.run * time.power / 3.6e6:,.3g} kWh at {time.power:.0f} W"
         if result.price:
-            line += f", {result.price * time.run / 3600:,.2f} at {result.price:g} per hour"
+            each = " and GPU" if time.gpus > 1 else ""
+            line += f", {time.cost(result.price):,.2f} at {result.price:g} per hour{each}"
         out.print(line)
+
+
+def _network(found: Traffic, plan: Plan) -> str:
+    """Communication of an update, and how much of it backward hides."""
+    line = f"Communication: {duration(found.seconds)} per update over {found.link} "
+    line += f"({quantity(found.rate, 'B/s')})"
+    if found.exposed < found.seconds:
+        return f"{line}, {duration(found.exposed)} of it not hidden behind backward"
+    return f"{line}, none of it hidden"
 
 
 def _show_quality(out: Console, result: Estimate) -> None:

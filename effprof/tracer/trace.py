@@ -22,7 +22,7 @@ from effprof.estimator.estimate import Fit, fits, not_modelled
 from effprof.estimator.memory import Memory, measure, no_collector
 from effprof.gpus import Gpu
 from effprof.phase import listening
-from effprof.plan import Plan
+from effprof.plan import Plan, check_alone
 from effprof.step import work_out
 from effprof.tape import Tape
 from effprof.tracer.foreign import arranged_foreign, counted
@@ -88,6 +88,7 @@ def trace(plan: Plan) -> Trace:
     One at a time in a process: transformers' and torch's own functions are replaced meanwhile (see
     ``_quiet``), so nothing else should train or trace in another thread.
     """
+    check_alone(plan, "a trace")
     with _ALONE, torch.enable_grad():
         return _trace(plan)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +17,10 @@ from effprof.step import Step, Unit, layer_of, work_out
 from effprof.trained import Trained
 from effprof.trainer.layer import DTYPES, MethodLinear
 from effprof.trainer.optimizer import MethodOptimizer
+from effprof.trainer.step import Whole
+
+if TYPE_CHECKING:
+    from effprof.trainer.sharding import Shards
 
 # SDPA's backend is chosen around the forward; transformers is always told which of its two code
 # paths to take.
@@ -33,12 +37,19 @@ def build(
     """
     place = resolve_device(device or plan.device, plan.allocator)
     step = work_out(plan)
-    model = build_model(step, place, seed=seed)
+    shards, kind = None, MethodOptimizer
+    if plan.parallel == "fsdp":
+        from effprof.trainer.sharding import ShardedOptimizer, Shards
+
+        shards, kind = Shards(plan, place), ShardedOptimizer
+    model = build_model(step, place, seed=seed, shards=shards)
     if plan.compile:
         model.compile()
     layers = [module for module in model.modules() if isinstance(module, MethodLinear)]
     trained = trained_parameters(step, model)
-    return model, MethodOptimizer(plan.recipe, trained, lr, layers=layers, seed=seed)
+    optimizer = kind(plan.recipe, trained, lr, layers=layers, seed=seed)
+    optimizer.whole = shards.whole if shards else Whole(model, plan)
+    return model, optimizer
 
 
 def resolve_device(name: str, allocator: str = "default") -> torch.device:
@@ -53,17 +64,47 @@ def resolve_device(name: str, allocator: str = "default") -> torch.device:
     return torch.device(name)
 
 
-def build_model(step: Step, device: torch.device, *, seed: int) -> nn.Module:
+def build_model(
+    step: Step, device: torch.device, *, seed: int, shards: Shards | None = None
+) -> nn.Module:
     """The model on meta, its targeted layers swapped, then allocated once on ``device`` and
     initialised.
+
+    With ``shards`` one decoder layer at a time is whole.
     """
     model = arranged(step)
-    model.to_empty(device=device)
+    layers: list[nn.Module] = [] if shards is None else list(model.get_decoder().layers)  # type: ignore[operator]
+    inside = {module for layer in layers for module in layer.modules()}
+    for module in model.modules():
+        if module not in inside:
+            module.to_empty(device=device, recurse=False)
     model.tie_weights()  # type: ignore[operator]
-    _initialise(model, seed)
+    _initialise(model, seed, _whole_one_by_one(layers, device, shards))
     if step.plan.checkpointing == "full":
         model.activation_checkpointing_enable()  # type: ignore[operator]
+    if shards is not None:
+        shards.root(model)
     return model.train()
+
+
+def _whole_one_by_one(
+    layers: Sequence[nn.Module], device: torch.device, shards: Shards | None
+) -> Callable[[nn.Module | None], None]:
+    """Called with each module before it is initialised, and with None after the last: a layer is
+    allocated when its turn comes, and sharded when it is over.
+    """
+    open_layer: list[nn.Module] = []
+
+    def entering(module: nn.Module | None) -> None:
+        if shards is None or not (module is None or any(module is one for one in layers)):
+            return
+        if open_layer:
+            shards.layer(open_layer.pop())
+        if module is not None:
+            module.to_empty(device=device)
+            open_layer.append(module)
+
+    return entering
 
 
 def arranged(step: Step) -> nn.Module:
@@ -120,13 +161,14 @@ def _swap(model: nn.Module, weight: str, unit: Unit, step: Step) -> None:
 
 
 @torch.no_grad()
-def _initialise(model: Any, seed: int) -> None:
+def _initialise(model: Any, seed: int, entering: Callable[[nn.Module | None], None]) -> None:
     """transformers' own initialisation for its modules, the method's for its layers, each from
     the seed.
     """
     torch.manual_seed(seed)
     index = 0
     for module in model.modules():
+        entering(module)
         if isinstance(module, MethodLinear):
             index += 1
             module.initialise(seed * 1_000_003 + index, _dense_start(model, module))
@@ -134,6 +176,7 @@ def _initialise(model: Any, seed: int) -> None:
                 module.bias.zero_()
         else:
             model._init_weights(module)
+    entering(None)
 
 
 def _dense_start(model: Any, layer: MethodLinear) -> torch.Tensor | None:

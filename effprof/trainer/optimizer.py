@@ -56,6 +56,8 @@ class MethodOptimizer(torch.optim.Optimizer):
     part of ``state_dict()``.
     """
 
+    whole: nn.Module  # the model with its loss, as ``build`` made it
+
     def __init__(
         self,
         recipe: Recipe,
@@ -67,6 +69,8 @@ class MethodOptimizer(torch.optim.Optimizer):
     ) -> None:
         self.clock = Clock(seed=seed, lr=lr)
         self.recipe = recipe
+        # What several processes do with a gradient before its tensor is updated in backward.
+        self.reduce: Callable[[Tensor], None] | None = None
         self._cells: dict[nn.Parameter, Cell] = {}
         members: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for parameters, one in trained:
@@ -153,6 +157,12 @@ class MethodOptimizer(torch.optim.Optimizer):
             return module.gradients.get(name)
         return parameter.grad
 
+    def integer_gradients(self) -> Iterator[Tensor]:
+        """Gradients of trained integers, which autograd does not know."""
+        for module, name in self._integers.values():
+            if name in module.gradients:
+                yield module.gradients[name]
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Free every gradient, or fill it with zeros."""
         super().zero_grad(set_to_none)
@@ -220,18 +230,26 @@ class MethodOptimizer(torch.optim.Optimizer):
                     half.before_step(self._layers, self.clock, settings)
         if not self.recipe.per_layer_update:
             self._step_torch(None)
-            for cell in self._distinct:
-                if not cell.trained.hosted:
-                    self._update(cell)
-        restarting = [self._phase("restart", *hooked) for hooked in self.recipe.hooked()]
+            self._update_own()
+        hooked = [one for one in self.recipe.hooked() if hasattr(one[0], "after_step")]
+        restarts = ["restart" in phases(*one, self.clock.update) for one in hooked]
         self.clock.update += 1
         self.clock.since_restart += 1
-        for (half, settings), restart in zip(self.recipe.hooked(), restarting, strict=True):
-            if hasattr(half, "after_step"):
-                with restart, self._restarting():
-                    half.after_step(self._layers, self._rest, self.clock, settings)
+        for (half, settings), due in zip(hooked, restarts, strict=True):
+            with phase("restart") if due else contextlib.nullcontext(), self._restarting():
+                self._after_step(half, settings, due=due)
         self._activate()
         return loss
+
+    def _after_step(self, half: Any, settings: Any, *, due: bool) -> None:
+        """A half's own events at the end of an update; ``due`` where a restart is among them."""
+        half.after_step(self._layers, self._rest, self.clock, settings)
+
+    def _update_own(self) -> None:
+        """Every cell that torch does not update."""
+        for cell in self._distinct:
+            if not cell.trained.hosted:
+                self._update(cell)
 
     def _phase(
         self, name: str, half: Any, settings: Any
@@ -292,6 +310,10 @@ class MethodOptimizer(torch.optim.Optimizer):
         """A post-accumulate hook: update what is complete and free its gradients."""
         assert isinstance(parameter, nn.Parameter)
         cell = self._cells[parameter]
+        if self.reduce is not None:
+            gradient = self._gradient(parameter)
+            assert gradient is not None
+            self.reduce(gradient)
         if any(self._gradient(one) is None for one in cell.parameters):
             return
         if cell.trained.hosted:
@@ -317,8 +339,10 @@ class MethodOptimizer(torch.optim.Optimizer):
     def _update(self, cell: Cell) -> None:
         """One update by the half's own function, where every gradient is there."""
         gradients = [self._gradient(parameter) for parameter in cell.parameters]
-        if any(gradient is None for gradient in gradients):
-            return
+        if not any(gradient is None for gradient in gradients):
+            self._apply(cell, cast("list[Tensor]", gradients))
+
+    def _apply(self, cell: Cell, gradients: list[Tensor]) -> None:
         group, trained = cell.group, cell.trained
         if not group.state:
             self._begin(cell)
@@ -326,8 +350,8 @@ class MethodOptimizer(torch.optim.Optimizer):
         own = next(g for g in self.param_groups if not g["hosted"])
         self.clock.lr = float(own["lr"]) * self.lr_factor()
         names = ["weight"] if len(group.tensors) == 1 else [t.name for t in trained.tensors]
-        group.gradients = dict(zip(names, gradients, strict=True))  # type: ignore[arg-type]
-        del gradients
+        group.gradients = dict(zip(names, gradients, strict=True))
+        gradients.clear()
         with self._widened(cell), self._readable(cell, half):
             half.update(group, self.clock, settings)
             group.gradients = {}

@@ -16,7 +16,7 @@ from typing import Any
 from effprof.errors import EffprofError, UsageError, unknown
 from effprof.files import to_toml, write_whole
 from effprof.model import nearest_size
-from effprof.plan import Plan, flag
+from effprof.plan import Plan, check_alone, flag
 from effprof.registry import INTEGERS
 from effprof.step import work_out
 from effprof.trainer import checkpoint, guard, schedule
@@ -148,6 +148,7 @@ def _checked(name: str, value: Any) -> Any:
 
 def _check_plan(plan: Plan, clip: float) -> None:
     """What a plan may say for an estimate and a run cannot do, or would ignore."""
+    check_alone(plan, "training")
     if plan.dtype == "fp16":
         raise UsageError(
             "--dtype fp16 cannot be trained: gradients of fp16 weights are not unscaled.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from effprof.trainer.layer import DTYPES
 from effprof.trainer.loss import chunked_loss
 from effprof.trainer.optimizer import MethodOptimizer
 
+if TYPE_CHECKING:
+    from effprof.trainer.distributed import Engine
+
 
 def training_step(
     model: nn.Module,
@@ -29,6 +32,7 @@ def training_step(
     scaler: torch.amp.GradScaler | None = None,
     on_phase: Callable[[str], None] = lambda phase: None,
     run: MicroStep | None = None,
+    engine: Engine | None = None,
 ) -> Tensor:
     """One optimizer update.
 
@@ -37,8 +41,14 @@ def training_step(
     Each micro-batch weighs by its targets, so accumulation equals one large batch.
     ``before_update`` is called with the loss when all gradients are there (unscaled where a
     ``scaler`` scaled the loss), and says whether to update. ``on_phase`` is told forward, backward
-    and update as they begin. ``run`` stands in for ``micro_step``.
+    and update as they begin. ``run`` stands in for ``micro_step``; ``engine`` is there where
+    several processes make the update, each with micro-batches of its own.
     """
+    if engine is not None:
+        loss = _on_several(engine, model, micro_batches, plan, on_phase, scaler)
+        _update(loss, optimizer, plan, before_update, scaler, on_phase)
+        engine.updated()
+        return loss
     micro_batches = [batch for batch in micro_batches if batch.targets]
     targets = sum(batch.targets for batch in micro_batches)
     if not targets:
@@ -51,8 +61,38 @@ def training_step(
         loss = run(model, batch, plan, batch.targets / targets, on_phase)
         total = loss if total is None else total + loss
         del loss
-    on_phase("update")
     assert total is not None
+    _update(total, optimizer, plan, before_update, scaler, on_phase)
+    return total
+
+
+def _on_several(
+    engine: Engine,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    plan: Plan,
+    on_phase: Callable[[str], None],
+    scaler: torch.amp.GradScaler | None,
+) -> Tensor:
+    """Every process's micro-steps, weighed by the targets of all of them."""
+    losses = []
+    shares = engine.shares(batches)
+    for number, (batch, share) in enumerate(zip(batches, shares, strict=True), 1):
+        with engine.micro_step(last=number == len(batches)):
+            losses.append(micro_step(model, batch, plan, share, on_phase, scaler, engine.module))
+    engine.reduced()
+    return engine.total(sum(losses[1:], losses[0]))
+
+
+def _update(
+    total: Tensor,
+    optimizer: MethodOptimizer,
+    plan: Plan,
+    before_update: Callable[[Tensor], bool],
+    scaler: torch.amp.GradScaler | None,
+    on_phase: Callable[[str], None],
+) -> None:
+    on_phase("update")
     if scaler is not None:
         scaler.unscale_(optimizer)
     if before_update(total):
@@ -60,7 +100,6 @@ def training_step(
     if scaler is not None:
         scaler.update()
     optimizer.zero_grad(set_to_none=plan.zero_grad == "none")
-    return total
 
 
 MicroStep = Callable[[nn.Module, Batch, Plan, float, Callable[[str], None]], Tensor]
@@ -70,18 +109,19 @@ def micro_step(
     model: nn.Module,
     batch: Batch,
     plan: Plan,
-    share: float,
+    share: float | Tensor,
     on_phase: Callable[[str], None],
     scaler: torch.amp.GradScaler | None = None,
+    wrapped: nn.Module | None = None,
 ) -> Tensor:
     """Forward and backward of one micro-batch, whose loss counts for ``share`` of the update's.
 
-    Returns that part of the loss, not scaled.
+    Returns that part of the loss, not scaled. ``wrapped`` is the model as several processes run it.
     """
     on_phase("forward")
-    output = forward(model, batch, plan)
+    output = forward(model, batch, plan) if wrapped is None else wrapped(batch)
     loss = output.loss
-    if share != 1:
+    if isinstance(share, Tensor) or share != 1:
         loss = loss * share
     kept = output if plan.keep_logits else None
     del output
@@ -96,7 +136,7 @@ def forward(model: nn.Module, batch: Batch, plan: Plan) -> Any:
     attention.
     """
     kind = batch.ids.device.type
-    amp = torch.autocast(kind, dtype=DTYPES[plan.compute_dtype], enabled=plan.amp)
+    amp = torch.autocast(kind, dtype=DTYPES[plan.compute_dtype], enabled=plan.autocast)
     with amp, _attention(plan):
         if plan.loss == "chunked":
             return chunked_loss(model, batch, plan)
@@ -120,3 +160,14 @@ def _attention(plan: Plan) -> contextlib.AbstractContextManager[None]:
 def forward_loss(model: nn.Module, batch: Batch, plan: Plan) -> Tensor:
     """The mean loss over a micro-batch's targets."""
     return cast("Tensor", forward(model, batch, plan).loss)
+
+
+class Whole(nn.Module):
+    """A model with its loss, so that whatever wraps it sees one forward."""
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        super().__init__()
+        self.model, self.plan = model, plan
+
+    def forward(self, batch: Batch) -> Any:
+        return forward(self.model, batch, self.plan)

@@ -6,6 +6,7 @@ Memory and time do not read the tokens: probes, traces, tests and benchmarks use
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from effprof.trainer.layer import MethodLinear
 from effprof.trainer.optimizer import MethodOptimizer
 from effprof.trainer.step import training_step
 
+if TYPE_CHECKING:
+    from effprof.trainer.distributed import Engine
+
 
 def one_update(
     model: nn.Module,
@@ -24,10 +28,11 @@ def one_update(
     plan: Plan,
     device: torch.device,
     on_phase: Callable[[str], None] = lambda phase: None,
+    engine: Engine | None = None,
 ) -> None:
     """One optimizer update on random rows."""
     batches = [random_batch(plan, device) for _ in range(plan.grad_accum)]
-    training_step(model, optimizer, batches, plan, on_phase=on_phase)
+    training_step(model, optimizer, batches, plan, on_phase=on_phase, engine=engine)
 
 
 def random_batch(plan: Plan, device: torch.device) -> Batch:
