@@ -209,6 +209,7 @@ class LayerHalf(Protocol):
     # phases(settings, update), due(settings, layers): see the functions of these names below
     # edit(settings) -> fields of the Architecture that the method changes
     # PAPER_NUMBERS, PAPER_LEAVES_OUT_REST: published tables that count otherwise than what is kept
+    # adapter(settings) -> PEFT's settings of a layer whose only trained tensors are A and B
     # STATE_DTYPE: the plan's default, where it is not ``same``
     # NO_LAYER_HALF: why an update half goes on no layer half
     # ONLY_OWN_UPDATE: why no other update half goes with the layers

@@ -109,3 +109,8 @@ def dense(tensors: Mapping[str, TorchTensor], settings: Settings) -> TorchTensor
     """W = W₀ + s B A, computed in fp32."""
     change = tensors["B"].float() @ tensors["A"].float()
     return change.mul_(settings.alpha / settings.rank).add_(tensors["weight"])
+
+
+def adapter(settings: Settings) -> dict[str, float]:
+    """What PEFT calls these settings; its lora_A and lora_B are A and B."""
+    return {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": 0.0}

@@ -45,6 +45,10 @@ def command(
         str | None,
         typer.Option(help="File, folder, glob or dataset. [Python's sources]", show_default=False),
     ] = None,
+    init_from: Annotated[
+        str | None,
+        typer.Option(help="A Hugging Face folder to go on training from.", metavar="FOLDER"),
+    ] = None,
     stream: Annotated[
         bool | None,
         typer.Option("--stream", help="Read shards as they come, instead of tokenising them once."),
@@ -102,6 +106,7 @@ def command(
         "seed": seed,
         "data": data,
         "stream": stream,
+        "init_from": init_from,
         "tokenizer": tokenizer,
         "save_every": save_every,
         "eval_every": eval_every,
@@ -116,6 +121,8 @@ def command(
     refuse(flags, ("gpu",), "train: it uses the GPU that is here")
     if resume and out is None:
         raise UsageError("--resume needs to know which run.", "Add --out with the run's folder.")
+    if init_from and not {"model", "config"} & flags.keys():
+        flags = {**flags, "model": init_from}
     plan = plan_from(default_device(flags))
     folder = (
         out

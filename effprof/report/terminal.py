@@ -271,6 +271,7 @@ def show_training(summary: Mapping[str, Any]) -> None:
         out.print(f"{plan['method']} has no dense form: open the run with effprof.load(folder).")
     for name, what in (
         ("model/", "Hugging Face folder"),
+        ("adapter/", "the same as an adapter for PEFT"),
         ("metrics.jsonl", "one object per update"),
         ("run.toml", "every setting"),
         ("summary.json", "this summary"),

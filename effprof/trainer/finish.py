@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effprof.files import write_whole
+from effprof.trainer.adapter import export_adapter, has_adapter
 from effprof.trainer.evaluate import Validation
 from effprof.trainer.export import export, has_dense_form
 from effprof.trainer.session import Session
@@ -34,6 +35,8 @@ def outcome(loop: Loop, result: Validation | None) -> Outcome:
     if session.world.writes:
         if has_dense_form(session.model):
             export(session.model, session.tokenizer, session.plan, out / "model")
+        if loop.run.init_from and has_adapter(session.plan):
+            export_adapter(session.model, session.plan, loop.run.init_from, out / "adapter")
         write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     return Outcome(0, summary)
 

@@ -36,7 +36,7 @@ def train(run: Run, *, resume: bool = False, force: bool = False) -> Outcome:
     with Stop(run.time_limit or None) as stop:
         found = open_folder(run, resume=resume)
         ready = preflight.prepare(run, force=force)
-        session = Session(run, ready.device, ready.expected, ready.machine)
+        session = Session(run, ready.device, ready.expected, ready.machine, fresh=found is None)
         if found:
             session.restore(*found)
             checkpoint.set_aside(run.out, session.progress.step)

@@ -46,8 +46,17 @@ class Ready:
     @property
     def device_needed(self) -> int:
         """What the device must hold: the highest of all peaks, on a CPU with the copy beside."""
-        copy = self.checkpoint if self.device.type == "cpu" else 0
-        return max(self.expected.total, self.evaluation) + copy
+        if self.device.type != "cpu":
+            return max(self.expected.total, self.evaluation)
+        return max(max(self.expected.total, self.evaluation) + self.checkpoint, self.initial)
+
+    @property
+    def initial(self) -> int:
+        """What the host holds while a pretrained model is copied: both, and fp32 copies."""
+        if not self.run.init_from:
+            return 0
+        shape = self.expected.step.architecture
+        return self.expected.step.resident()["weights"] + 8 * shape.parameters
 
     @property
     def disk_needed(self) -> int:

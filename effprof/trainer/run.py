@@ -19,7 +19,7 @@ from effprof.model import nearest_size
 from effprof.plan import Plan, check_alone, flag
 from effprof.registry import INTEGERS
 from effprof.step import work_out
-from effprof.trainer import checkpoint, guard, schedule
+from effprof.trainer import checkpoint, guard, pretrained, schedule
 from effprof.trainer.checkpoint import Keep
 
 
@@ -40,6 +40,7 @@ class Run:
     seed: int = 0
     data: str | None = None
     stream: bool = False
+    init_from: str | None = None
     tokenizer: str | None = None
     on_nan: str = "stop"
     save_every: int = 0
@@ -87,6 +88,11 @@ def make(plan: Plan, out: Path, given: Mapping[str, Any]) -> Run:
     steps = _steps(plan, values.pop("steps", None))
     lr = values.pop("lr", default_lr(plan))
     warmup = values.pop("warmup", steps // 10)
+    if values.get("init_from"):
+        pretrained.check(values["init_from"], plan)
+        values["tokenizer"] = values.get("tokenizer") or pretrained.tokenizer_of(
+            values["init_from"]
+        )
     run = Run(plan, out, steps, lr, warmup, **values)
     for name in ("steps", "lr", "keep_last"):
         if getattr(run, name) <= 0:

@@ -21,6 +21,7 @@ from effprof.trainer.data import Batches, Rows, StreamBatches, rows
 from effprof.trainer.feed import Drawn, Feed, Source
 from effprof.trainer.guard import Guard
 from effprof.trainer.optimizer import MethodOptimizer
+from effprof.trainer.pretrained import load_pretrained
 from effprof.trainer.run import Run
 from effprof.trainer.tokenizer import tokenizer
 from effprof.trainer.world import World
@@ -47,7 +48,13 @@ class Session:
     """One process's part of a run."""
 
     def __init__(
-        self, run: Run, device: torch.device, expected: Estimate, machine: DeviceMeter
+        self,
+        run: Run,
+        device: torch.device,
+        expected: Estimate,
+        machine: DeviceMeter,
+        *,
+        fresh: bool = True,
     ) -> None:
         self.run, self.plan, self.device = run, run.plan, device
         self.expected, self.machine = expected, machine
@@ -68,15 +75,17 @@ class Session:
             source = StreamBatches(texts, self.tokenizer, self.plan, "train", _HOST)
             self.validation = StreamBatches(texts, self.tokenizer, self.plan, "validation", device)
         self.feed = Feed(source, self.plan.grad_accum, device)
-        if self.world.writes:
-            run.write()  # nothing is written for data that cannot be trained on
-            if not kept.is_dir():
-                write_folder(kept, self.tokenizer.save_pretrained)
         machine.begin()
         self.model: nn.Module
         self.optimizer: MethodOptimizer
         self.model, self.optimizer = build(self.plan, str(device), lr=run.lr, seed=run.seed)
         self.optimizer.clock.total_updates = run.steps
+        if run.init_from and fresh:
+            load_pretrained(run.init_from, self.model, run.seed)
+        if self.world.writes:
+            run.write()  # nothing is written for what cannot be trained
+            if not kept.is_dir():
+                write_folder(kept, self.tokenizer.save_pretrained)
         # Cards without bf16: gradients below fp16's least number are lost unless they are scaled.
         scaled = self.plan.dtype == "amp-fp16"
         self.scaler = torch.amp.GradScaler(device.type) if scaled else None
