@@ -82,6 +82,10 @@ def command(
         bool | None,
         typer.Option("--log-norms", help="Log the norms of gradient and update."),
     ] = None,
+    log: Annotated[
+        str | None,
+        typer.Option(help="Beside metrics.jsonl: tensorboard, wandb, trackio (a,b for several)."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")
     ] = False,
@@ -115,6 +119,7 @@ def command(
         "on_nan": on_nan,
         "time_limit": None if time_limit is None else parse_duration(time_limit, "--time-limit"),
         "log_norms": log_norms,
+        "log": log,
     }
     base = read_table(flags.get("config"), "train")
     given = {**base, **{key: value for key, value in given.items() if value is not None}}

@@ -278,6 +278,8 @@ def show_training(summary: Mapping[str, Any]) -> None:
     ):
         if (Path(summary["out"]) / name).exists():
             out.print(f"  {name:<14} {what}")
+    if (Path(summary["out"]) / "model").exists():
+        out.print(f"Share it: hf upload YOU/NAME {summary['out']}/model")
 
 
 def show_models(shapes: Sequence[Architecture]) -> None:

@@ -22,11 +22,13 @@ from effprof.trainer.run import read_tables
 
 
 @torch.no_grad()
-def export(model: nn.Module, tokenizer: Any, plan: Plan, folder: Path) -> Path:
+def export(
+    model: nn.Module, tokenizer: Any, plan: Plan, folder: Path, card: str | None = None
+) -> Path:
     """Write ``config.json``, safetensors and the tokenizer so that AutoModelForCausalLM opens them.
 
-    Factorised layers are written dense. Raises EffprofError where a method has no dense form or the
-    disk refuses.
+    Factorised layers are written dense; ``card`` becomes README.md. Raises EffprofError where a
+    method has no dense form or the disk refuses.
     """
     quiet_transformers()
     dense = _dense_model(model, plan)
@@ -40,6 +42,8 @@ def export(model: nn.Module, tokenizer: Any, plan: Plan, folder: Path) -> Path:
         dense.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+        if card is not None:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
 
     write_folder(folder, fill)
     return folder

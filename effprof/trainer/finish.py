@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from effprof.files import write_whole
 from effprof.trainer.adapter import export_adapter, has_adapter
+from effprof.trainer.card import card
 from effprof.trainer.evaluate import Validation
 from effprof.trainer.export import export, has_dense_form
 from effprof.trainer.session import Session
@@ -34,7 +35,13 @@ def outcome(loop: Loop, result: Validation | None) -> Outcome:
         return Outcome(loop.stop.code, summary)
     if session.world.writes:
         if has_dense_form(session.model):
-            export(session.model, session.tokenizer, session.plan, out / "model")
+            export(
+                session.model,
+                session.tokenizer,
+                session.plan,
+                out / "model",
+                card(summary, loop.run.steps),
+            )
         if loop.run.init_from and has_adapter(session.plan):
             export_adapter(session.model, session.plan, loop.run.init_from, out / "adapter")
         write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -64,6 +71,7 @@ def _summary(loop: Loop, result: Validation | None) -> dict[str, Any]:
         "seconds": time.monotonic() - loop.began,
         "resumed_at": loop.resumed_at,
         "data_wait": ledger.waited / ledger.seconds if ledger.seconds else 0.0,
+        "local": loop.run.data is None or session.local,
         "memory": {
             "estimated": session.expected.total,
             "measured_peak": session.machine.peak(),

@@ -9,6 +9,7 @@ from effprof.report.live import LiveLine
 from effprof.trainer import guard, metrics
 from effprof.trainer.pending import Pending
 from effprof.trainer.session import Session
+from effprof.trainer.sinks import Sinks
 
 
 class Ledger:
@@ -17,6 +18,8 @@ class Ledger:
     def __init__(self, session: Session, live: LiveLine) -> None:
         self.session, self.live = session, live
         self.log = metrics.Log(session.run.out / "metrics.jsonl")
+        start = session.progress.step
+        self.sinks = Sinks(session.run, start, live.note) if session.world.writes else None
         self.waited = 0.0  # seconds without data
         self.seconds = 0.0  # of all updates
         self._ready = 0.0  # when the last update's numbers were there
@@ -64,3 +67,9 @@ class Ledger:
         if self.session.world.writes:
             self.log.append(row)
             self.live.show(row)
+        if self.sinks is not None:
+            self.sinks.log(row)
+
+    def close(self) -> None:
+        if self.sinks is not None:
+            self.sinks.close()

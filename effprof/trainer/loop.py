@@ -236,3 +236,4 @@ class Loop:
     def close(self) -> None:
         self.session.close()
         self.saver.close()
+        self.ledger.close()

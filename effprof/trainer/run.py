@@ -19,7 +19,7 @@ from effprof.model import nearest_size
 from effprof.plan import Plan, check_alone, flag
 from effprof.registry import INTEGERS
 from effprof.step import work_out
-from effprof.trainer import checkpoint, guard, pretrained, schedule
+from effprof.trainer import checkpoint, guard, pretrained, schedule, sinks
 from effprof.trainer.checkpoint import Keep
 
 
@@ -49,6 +49,7 @@ class Run:
     keep_best: int = 0
     time_limit: float = 0.0
     log_norms: bool = False
+    log: str = ""
 
     @property
     def keep(self) -> Keep:
@@ -78,7 +79,7 @@ _WHOLE = ("steps", "warmup", "seed", "save_every", "eval_every", "keep_last", "k
 _REAL = ("lr", "clip", "time_limit")
 _SWITCHES = ("log_norms", "stream")
 # What a run may be resumed with another value of: no loss depends on it.
-_HABITS = ("save_every", "eval_every", "keep_last", "keep_best", "time_limit", "log_norms")
+_HABITS = ("save_every", "eval_every", "keep_last", "keep_best", "time_limit", "log_norms", "log")
 
 
 def make(plan: Plan, out: Path, given: Mapping[str, Any]) -> Run:
@@ -120,6 +121,7 @@ def make(plan: Plan, out: Path, given: Mapping[str, Any]) -> Run:
 
 def _check_habits(run: Run) -> None:
     """Raise UsageError for a setting that would do nothing, or cannot be done."""
+    sinks.check(run.log)
     if run.keep_best and not run.eval_every:
         raise UsageError(
             f"--keep-best {run.keep_best} has no effect without validations.",

@@ -16,7 +16,7 @@ from effprof.files import write_folder
 from effprof.measure.device import DeviceMeter
 from effprof.trainer import checkpoint, schedule
 from effprof.trainer.build import build
-from effprof.trainer.corpus import FileCorpus, corpus
+from effprof.trainer.corpus import FileCorpus, ShardCorpus, corpus
 from effprof.trainer.data import Batches, Rows, StreamBatches, rows
 from effprof.trainer.feed import Drawn, Feed, Source
 from effprof.trainer.guard import Guard
@@ -61,6 +61,7 @@ class Session:
         self.world = World()
         texts = corpus(run.data, stream=run.stream)
         self.fingerprint = texts.fingerprint()
+        self.local = isinstance(texts, FileCorpus | ShardCorpus)
         kept = run.out / "tokenizer"  # ids mean what they meant, whatever becomes of the data
         self.tokenizer = tokenizer(
             texts, self.plan.architecture.vocab, str(kept) if kept.is_dir() else run.tokenizer
