@@ -25,7 +25,7 @@ from effprof.recommender.words import command
 
 def found_for(methods: list[str], **values: Any) -> Found:
     space = Space(values, methods, named=True)
-    return search(space, candidates(space).all, gpus.gpu(values["gpu"]))
+    return search(space, candidates(space).first, gpus.gpu(values["gpu"]))
 
 
 @pytest.mark.parametrize("name", registry.names())

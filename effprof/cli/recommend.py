@@ -62,6 +62,10 @@ def command(
     space = _space(flags, methods, ranks, vary)
     card, memory = _card(space, max_memory)
     _check(margin, max_hours, min_tokens_per_second, max_perplexity, price_per_hour, validate)
+    if validate:
+        from effprof.trainer.build import resolve_device
+
+        resolve_device(str(space.values.get("device", "cuda")))
     if objective == "cost" and price_per_hour is None:
         raise UsageError("--objective cost needs a price.", "Add --price-per-hour 1.99.")
     found = recommend(

@@ -133,31 +133,30 @@ class Chooser:
             yield rows[self.recipe[rows] == recipe]
 
     def pareto(self, rows: Rows) -> list[Choice]:
-        """The best fitting plan of each recipe, of those that no other beats in perplexity, time
-        and memory alike; the objective's best first. At most a dozen.
+        """The best fitting plan of each recipe, of those that no other beats in perplexity, in the
+        time of its fastest plan and the memory of its smallest alike; the objective's best first.
+        At most a dozen.
         """
-        firsts = []
+        firsts, columns = [], []
         for own in self.recipes(rows[self.least[rows] <= self.limits.memory]):
             likely = own[self.most[own] <= self.limits.memory]
             firsts.append(self.order(likely if len(likely) else own)[0])
+            found = self.found
+            columns.append(
+                (
+                    found.perplexity[own[0]],
+                    np.min(found.seconds[likely if len(likely) else own]),
+                    np.min(found.memory[own]),
+                )
+            )
         chosen = []
-        for row in self.order(self._front(np.array(firsts, np.int64))).tolist():
+        for row in self.order(_front(np.array(firsts, np.int64), np.array(columns))).tolist():
             best = self.fitting(rows[self.recipe[rows] == self.recipe[row]])
             if best is not None:
                 chosen.append(best)
             if len(chosen) == _SHOWN:
                 break
         return chosen
-
-    def _front(self, rows: Rows) -> Rows:
-        found = self.found
-        columns = np.stack([found.perplexity[rows], found.seconds[rows], found.memory[rows]])
-        worst = np.nan_to_num(columns, nan=np.inf)
-        kept = [
-            not ((worst <= own[:, None]).all(0) & (worst < own[:, None]).any(0)).any()
-            for own in worst.T
-        ]
-        return rows[np.array(kept, np.bool_)]
 
     def feasible(self, rows: Rows) -> list[int]:
         """The candidates of which some plan fits, by their number. Where none surely does the
@@ -181,3 +180,10 @@ class Chooser:
             return None
         row = int(better[np.argmin(self.least[better])])
         return Choice(row, self.estimate(row))
+
+
+def _front(rows: Rows, columns: Numbers) -> Rows:
+    """The rows (one line of columns each) that no other is as good as in all, and better in one."""
+    worst = np.nan_to_num(columns, nan=np.inf)
+    kept = [not ((worst <= own).all(1) & (worst < own).any(1)).any() for own in worst]
+    return rows[np.array(kept, np.bool_)]

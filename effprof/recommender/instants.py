@@ -155,12 +155,11 @@ def _any_layer(name: str) -> str:
 def _sections(tape: Tape, start: int, layers: int) -> Sizes:
     """Of each event the layer it lies in: 0, 1, 2 forwards, 3, 4, 5 backwards."""
     turn = _turn(tape)
-    found, section = [], 0
+    found, section, labels = [], 0, tape.labels
     for number, (storage, change) in enumerate(tape.events[start:], start):
-        if change > 0:
-            layer = layer_of(tape.labels[storage])
-            if layer >= 0:
-                section = max(section, layer if number < turn else 2 * layers - 1 - layer)
+        if change > 0 and ".layers." in labels[storage]:
+            layer = layer_of(labels[storage])
+            section = max(section, layer if number < turn else 2 * layers - 1 - layer)
         found.append(section)
     return np.array(found, np.int64)
 

@@ -42,7 +42,15 @@ class Recommendation:
     feasible: Sequence[dict[str, Any]]
     plans: int
     seconds: float
+    every: bool
     problem: str = ""
+
+    @property
+    def not_searched(self) -> set[str]:
+        """Methods left for where nothing else fits."""
+        found = self.candidates
+        rest = () if self.every else found.others
+        return {one.plan.method for one in rest} - {one.plan.method for one in found.first}
 
     @property
     def reasons(self) -> list[str]:
@@ -80,6 +88,7 @@ class Recommendation:
             if best is None
             else {name: command(best.estimate.plan, name) for name in ("validate", "train")},
             "left_out": dict(found.left_out),
+            "not_searched": sorted(self.not_searched),
             "searched": {"plans": self.plans, "seconds": self.seconds},
         }
 
@@ -109,13 +118,16 @@ def recommend(
     """
     began, named = time.perf_counter(), space.named
     every = candidates(space, lineage)
-    found = search(space, every.all, card, told)
+    for tried in (every.first, [*every.first, *every.others]):
+        found = search(space, tried, card, told)
+        chooser = Chooser(found, card, limits, objective, price, every.lineage)
+        rows = np.flatnonzero(chooser.allowed)
+        known = rows[~np.isnan(found.perplexity[rows])]
+        best = None if named and objective != "quality" else chooser.fitting(known)
+        best = best or chooser.fitting(rows)
+        if best is not None or not every.others:
+            break
     took = time.perf_counter() - began
-    chooser = Chooser(found, card, limits, objective, price, every.lineage)
-    rows = np.flatnonzero(chooser.allowed)
-    known = rows[~np.isnan(found.perplexity[rows])]
-    best = None if named and objective != "quality" else chooser.fitting(known)
-    best = best or chooser.fitting(rows)
     full = _full(chooser, rows)
     nearest, closest, ways, problem = None, None, list[Remedy](), ""
     if best is None:
@@ -139,6 +151,7 @@ def recommend(
         [_recipe(found.candidates[at]) for at in chooser.feasible(rows)],
         len(found),
         took,
+        len(found.candidates) > len(every.first),
         problem,
     )
 

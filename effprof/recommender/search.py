@@ -173,12 +173,10 @@ class _Search:
         sizes = [size for size, _ in self.batches]
         parts: list[tuple[Numbers, Mapping[str, Numbers], Numbers]] = []
         for run in [sizes[-1:]] if fresh else _runs(variant, sizes):
-            ends = [self._passage(variant, size, rates, fresh) for size in (run[0], run[-1])]
-            alike = ends[0].alive.shape == ends[1].alive.shape  # else another number of chunks
+            first, last = (self._passage(variant, run[at], rates, fresh) for at in (0, -1))
             for size in run:
                 share = (size - run[0]) / (run[-1] - run[0] or 1)
-                own = ends if alike else [self._passage(variant, size, rates, fresh)] * 2
-                parts.append(_between(own[0], own[1], share))
+                parts.append(_between(first, last, share))
         peaks, completed, sides = zip(*parts, strict=True)
         columns = len(sizes) - len(parts)
         self._curves[key] = _Curve(
@@ -266,14 +264,14 @@ def _between(
 
 def _runs(plan: Plan, sizes: Sequence[int]) -> list[list[int]]:
     """Micro-batches among which nothing but sizes changes: embedding's backward has other buffers
-    from some positions on, and no more distinct tokens than the vocabulary; a chunk of the loss has
-    a power of two of rows.
+    from some positions on, and no more distinct tokens than the vocabulary; the loss has as many
+    chunks.
     """
 
     def regime(size: int) -> tuple[Any, ...]:
         positions = size * plan.seq_len
-        rows = plan.with_batch(size, 1).loss_rows if plan.loss == "chunked" else 0
-        return (positions <= UNSORTED_INDICES, positions <= plan.architecture.vocab, rows)
+        chunks = positions / plan.with_batch(size, 1).loss_rows if plan.loss == "chunked" else 0
+        return (positions <= UNSORTED_INDICES, positions <= plan.architecture.vocab, chunks)
 
     return [list(run) for _, run in itertools.groupby(sizes, regime)]
 

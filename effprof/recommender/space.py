@@ -10,7 +10,7 @@ from typing import Any
 
 from effprof import published, registry
 from effprof.errors import UsageError
-from effprof.estimator.quality import Quality, quality
+from effprof.estimator.quality import quality
 from effprof.model import nearest_size
 from effprof.plan import CHOICES, Plan, from_dict
 from effprof.recommender.compare import common_lineage
@@ -117,11 +117,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Candidates:
-    """All of a space, why methods that have none have none, whose perplexities order them, and of
-    which model where nothing is published that is like the plan.
+    """``first`` are searched, ``others`` (layers of their own of which no run like the plan's is
+    published, unless methods were named) only where none of those fits. Why a method is in
+    neither; whose perplexities order them, and of which model where the plan's has none.
     """
 
-    all: Sequence[Candidate]
+    first: Sequence[Candidate]
+    others: Sequence[Candidate]
     left_out: Mapping[str, str]
     lineage: str
     borrowed: str = ""
@@ -145,23 +147,28 @@ def candidates(space: Space, lineage: str = "") -> Candidates:
     if not found:
         label, why = next(iter(left_out.items()))
         raise UsageError(f"No method takes these flags; {label}: {why}", "Leave some of them out.")
-    chosen = lineage or _lineage([one.plan for one in found])
-    ordered = [_ordered(one, quality(one.plan, chosen)) for one in found]
-    if any(one.perplexity is not None for one in ordered):
-        return Candidates(ordered, left_out, chosen)
-    nearest = nearest_size(_PUBLISHED, found[0].plan.architecture.parameters)
-    twins = [_twin(one.plan, nearest) for one in found]
-    chosen = lineage or _lineage([plan for plan in twins if plan])
-    expected = [quality(plan, chosen) if plan else None for plan in twins]
-    ordered = [_ordered(one, known) for one, known in zip(found, expected, strict=True)]
-    return Candidates(ordered, left_out, chosen, nearest)
+    plans: list[Plan | None] = [one.plan for one in found]
+    borrowed = ""
+    if not any(map(_known, plans)):
+        borrowed = nearest_size(_PUBLISHED, found[0].plan.architecture.parameters)
+        plans = [_twin(one.plan, borrowed) for one in found]
+    chosen = lineage or _lineage([plan for plan in plans if plan])
+    first: list[Candidate] = []
+    others: list[Candidate] = []
+    for one, plan in zip(found, plans, strict=True):
+        own = quality(plan, chosen) if plan else None
+        ordered = dataclasses.replace(one, perplexity=own.perplexity if own else None)
+        quick = one.plan.halves.layer is None or space.named
+        (first if quick or _known(plan) else others).append(ordered)
+    return Candidates(first or others, others if first else [], left_out, chosen, borrowed)
+
+
+def _known(plan: Plan | None) -> bool:
+    """Whether any group of papers has a run like it."""
+    return plan is not None and quality(plan) is not None
 
 
 _PUBLISHED = ("60m", "130m", "350m", "1b", "7b")  # what most papers' tables have
-
-
-def _ordered(one: Candidate, known: Quality | None) -> Candidate:
-    return dataclasses.replace(one, perplexity=known.perplexity if known else None)
 
 
 def _twin(plan: Plan, model: str) -> Plan | None:

@@ -111,16 +111,33 @@ def _worth(found: Recommendation, best: Choice) -> list[str]:
 def change(found: Recommendation) -> str:
     """The nearest change that would lead to another answer; empty where none is known."""
     nearest, best = found.nearest, found.best
-    if nearest is None or best is None or nearest.estimate.quality is None:
+    if best is None:
         return ""
-    short = nearest.total - found.limits.memory
-    plan, known = nearest.estimate.plan, nearest.estimate.quality
-    if short > 0:
-        return (
-            f"With {gib(short, 1)} more, {title(plan)} would be the answer: perplexity "
-            f"{known.perplexity:.2f}, at {batch(plan)}."
-        )
+    if nearest is not None and nearest.estimate.quality is not None:
+        short = nearest.total - found.limits.memory
+        plan, known = nearest.estimate.plan, nearest.estimate.quality
+        if short > 0:
+            return (
+                f"With {gib(short, 1)} more, {title(plan)} would be the answer: perplexity "
+                f"{known.perplexity:.2f}, at {batch(plan)}."
+            )
+    return _instead(found, best)
+
+
+def _instead(found: Recommendation, best: Choice) -> str:
+    """What another objective would choose, where that is worth a tenth."""
+    own = best.estimate
+    for one in found.pareto:
+        other = one.estimate
+        if own.time and other.time and other.time.update < 0.9 * own.time.update:
+            share = 100 * (1 - other.time.update / own.time.update)
+            return f"Were time worth more: {title(other.plan)} takes {share:.0f} % less{_at(one)}."
     return ""
+
+
+def _at(one: Choice) -> str:
+    known = one.estimate.quality
+    return f" at perplexity {known.perplexity:.2f}" if known else ""
 
 
 def unlike(closest: Choice, card: Gpu, limits: Limits) -> str:

@@ -43,6 +43,9 @@ def show_recommendation(found: Recommendation) -> None:
         style="dim",
     )
     reasons = dict[str, list[str]]()
+    if found.not_searched:
+        why = "no run like this is published; --methods takes them all the same"
+        reasons[why] = sorted(found.not_searched)
     for name, why in found.candidates.left_out.items():
         reasons.setdefault(why, []).append(name)
     for why, names in list(reasons.items())[:_LEFT_OUT]:
