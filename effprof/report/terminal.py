@@ -267,7 +267,7 @@ def show_training(summary: Mapping[str, Any]) -> None:
         f"{gib(memory['estimated'])} estimated"
     )
     out.print(f"Results: {summary['out']}")
-    if not (Path(summary["out"]) / "model").exists():
+    if result and not (Path(summary["out"]) / "model").exists():
         out.print(f"{plan['method']} has no dense form: open the run with effprof.load(folder).")
     for name, what in (
         ("model/", "Hugging Face folder"),
