@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: install demo test clean
+.PHONY: install demo test docs generate release clean
 
 install: $(BIN)/.installed
 
@@ -27,9 +27,20 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n auto
+	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/docs
 	rm -rf build dist
 	$(BIN)/python -m build --quiet --outdir dist
 	$(BIN)/python scripts/wheel_smoke.py dist
+
+# After a change of flags or of a JSON document: the help snapshots and the schemas.
+generate: install
+	$(BIN)/python scripts/generate.py
+
+docs: install
+	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/docs
+
+release: install
+	$(BIN)/python scripts/release.py
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info

@@ -28,11 +28,20 @@ def main(dist: Path) -> None:
         subprocess.run([*pip, "--no-deps", str(wheel.resolve())], check=True)
         subprocess.run([*pip, "typer>=0.20,<0.29", "rich"], check=True)
         effprof = str(Path(folder) / "bin" / "effprof")
-        for arguments in (["--version"], ["--help"], ["methods"]):
+        for arguments in (["--version"], ["--help"], ["methods"], ["gpus", "rtx-4090"]):
             subprocess.run([effprof, *arguments], cwd=folder, check=True, capture_output=True)
         command = [effprof, "estimate", "--model", "1b", "--method", "lowrank", "--json"]
         out = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
         assert json.loads(out)["parameters"]["total"] == 609_310_720
+        document, page = Path(folder) / "estimate.json", Path(folder) / "report.html"
+        document.write_text(out)
+        subprocess.run([effprof, "report", str(document)], cwd=folder, check=True)
+        assert "Memory over an update" in page.read_text(encoding="utf-8")
+        schema = "import effprof, pathlib; print(pathlib.Path(effprof.__file__).parent / 'schemas')"
+        place = subprocess.run(
+            [str(python), "-c", schema], cwd=folder, capture_output=True, text=True
+        )
+        assert (Path(place.stdout.strip()) / "estimate.json").is_file()
     print(f"{wheel.name}: installs and runs outside the repository")
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import samples
 from hypothesis import settings
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -21,15 +22,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 settings.register_profile("repeatable", derandomize=True)  # the gate's answer is the same twice
 settings.load_profile("repeatable")
 
-RECORDING = Path(__file__).parent / "data" / "probe_9m_galore_cpu.jsonl"
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 176,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 1024,
-    "max_position_embeddings": 512,
-}
 CONFIGS = {
     "llama": {},
     "llama-biased": {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
@@ -65,7 +57,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, extra in CONFIGS.items():
         folder = tmp_path_factory.mktemp("configs") / name
         folder.mkdir()
-        document = {"model_type": name.partition("-")[0], **TINY, **extra}
+        document = {**samples.TINY, "model_type": name.partition("-")[0], **extra}
         (folder / "config.json").write_text(json.dumps(document))
         made[name] = str(folder / "config.json")
     return made
@@ -89,44 +81,24 @@ def tiny(configs: dict[str, str]) -> str:
 
 
 @pytest.fixture(scope="session")
-def documents(
-    tmp_path_factory: pytest.TempPathFactory, tiny: str, texts: Path
-) -> dict[str, list[str]]:
-    """What `effprof report` takes, by kind: runs, documents, a recording, a snapshot."""
-    from helpers import run_cli
+def printed(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> tuple[Path, dict[str, Any]]:
+    """A folder of what commands left behind, and every document they printed, by schema."""
+    folder = tmp_path_factory.mktemp("printed") / "made"
+    return folder, samples.make(folder, texts)
 
-    folder, tape = tmp_path_factory.mktemp("documents"), RECORDING
-    plan = ("--model", tiny, "--micro-batch", "2", "--seq-len", "32")
-    compared = ("--model", "350m", "--gpu", "t4")
-    snapshot = folder / "step.pickle"
-    printed = {
-        "estimate": ("--method", "lowrank", *plan),
-        "compare": compared,
-        "trace": ("--method", "galore", *plan, "--snapshot", snapshot),
-        "probe": ("--replay", tape),
-        "validate": ("--replay", tape),
-    }
-    found = {"recording": [str(tape)], "snapshot": [str(snapshot)]}
-    for command, flags in printed.items():
-        path = folder / f"{command}.json"
-        path.write_text(run_cli(command, *flags, "--json")[1], encoding="utf-8")
-        found[command] = [str(path)]
+
+@pytest.fixture(scope="session")
+def documents(printed: tuple[Path, dict[str, Any]]) -> dict[str, list[str]]:
+    """What `effprof report` takes, by kind: runs, documents, a recording, a snapshot."""
+    folder, _ = printed
+    kinds = ("estimate", "compare", "trace", "probe", "validate")
+    found = {kind: [str(folder / f"{kind}.json")] for kind in kinds}
+    found |= {"recording": [str(samples.RECORDING)], "snapshot": [str(folder / "s.pickle")]}
     runs = [str(folder / "one"), str(folder / "other")]
-    train = ("--data", texts, "--steps", "4", "--eval-every", "2", "--device", "cpu")
-    code, _, err = run_cli("train", *plan, "--method", "galore", *train, "--out", runs[0])
-    assert code == 0, err
-    shutil.copytree(*runs)
     return found | {"train": runs[:1], "runs": runs}
 
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small folder of real text, enough for both splits at 32 positions."""
-    import textwrap
-
-    source = Path(textwrap.__file__).parent
-    folder = tmp_path_factory.mktemp("texts")
-    names = sorted(path for path in source.glob("*.py"))[:60]
-    for path in names:
-        folder.joinpath(path.stem + ".txt").write_text(path.read_text(encoding="utf-8")[:6000])
-    return folder
+    return samples.texts(tmp_path_factory.mktemp("texts"))

@@ -52,3 +52,30 @@ def small(model: str, method: str, **changes: Any) -> Plan:
     """A plan small enough for a test."""
     values = {"micro_batch": 2, "seq_len": 32, "dtype": "fp32", "device": "cpu", **changes}
     return Plan(model=model, method=method, **values)
+
+
+def check_document(document: Any) -> None:
+    """Hold a document against its schema in the package; a name the schema lacks is an error."""
+    import json
+    from pathlib import Path
+
+    import jsonschema
+
+    name = str(document["schema"]).removeprefix("effprof.").partition("/")[0]
+    path = Path(__file__).parent.parent / "effprof" / "schemas" / f"{name}.json"
+    assert path.exists(), f"{name} has no schema: add it to tests/samples.py, make generate"
+    schema = _closed(json.loads(path.read_text(encoding="utf-8")))
+    found = sorted(jsonschema.Draft202012Validator(schema).iter_errors(document), key=str)
+    assert not found, f"{found[0].json_path}: {found[0].message[:200]} (make generate?)"
+
+
+def _closed(schema: Any) -> Any:
+    """A schema that admits no name it does not describe."""
+    if isinstance(schema, list):
+        return [_closed(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: _closed(value) for key, value in schema.items()}
+    if isinstance(made.get("required"), list):
+        made.setdefault("additionalProperties", False)
+    return made

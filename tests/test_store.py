@@ -66,7 +66,8 @@ def test_list_show_and_export(tmp_path: Path) -> None:
     assert code == 0
     assert "galore r32" in out
     assert max(map(len, out.splitlines())) <= 100
-    assert json.loads(run_cli("probe", "--list", "--json")[1])[0]["model"] == "9m"
+    listed = json.loads(run_cli("probe", "--list", "--json")[1])
+    assert listed["measurements"][0]["model"] == "9m"
     shown = json.loads(run_cli("probe", "--show", "1")[1])
     assert shown["schema"] == "effprof.probe/1"
     table = pd.read_csv(io.StringIO(run_cli("probe", "--export", "csv")[1]))

@@ -30,10 +30,10 @@ COMMANDS = (
 )
 
 _FIRST = """Three things to try:
-  effprof estimate --model 1b --method lowrank     what it needs, and on which cards it fits
-  effprof probe --model 9m --method galore         a short real run, held against the estimate
+  effprof estimate --model 1b --method lowrank    which cards hold it, and why
+  effprof probe --model 9m --method galore        a short real run beside that
   effprof train --model 9m --method lowrank --steps 100
-`effprof --help` lists every command; --debug anywhere shows an error's traceback."""
+`effprof --help` lists every command; --debug shows an error's traceback."""
 
 
 def _version(wanted: bool) -> None:

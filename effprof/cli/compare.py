@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from effprof.cli import completion
 from effprof.cli.flags import plan_values, refuse, with_plan_flags
 from effprof.errors import UsageError, unknown
 
@@ -28,12 +28,23 @@ Examples:
 @with_plan_flags
 def command(
     flags: Mapping[str, Any],
-    methods: Annotated[str, typer.Option(help="all, or names separated by commas.")] = "all",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="all, or names separated by commas.", autocompletion=completion.method_list
+        ),
+    ] = "all",
     ranks: Annotated[
         str | None,
         typer.Option(help="64:1024 (doubling) or 64,128. [each method's]", show_default=False),
     ] = None,
-    sort: Annotated[str, typer.Option(help="memory, time, perplexity or method.")] = "memory",
+    sort: Annotated[
+        str,
+        typer.Option(
+            help="memory, time, perplexity or method.",
+            autocompletion=completion.words("memory", "time", "perplexity", "method"),
+        ),
+    ] = "memory",
     lineage: Annotated[
         str | None,
         typer.Option(help="Whose perplexities. [that know most]", show_default=False),
@@ -54,6 +65,7 @@ def command(
 ) -> int:
     """Memory, time and published or expected perplexity of every method, one line each."""
     from effprof.recommender import compare as comparing
+    from effprof.report.live import progress
 
     refuse(flags, ("method", "rank"), "compare: it has --methods and --ranks")
     if as_csv and as_json:
@@ -69,7 +81,7 @@ def command(
         order=sort,
         lineage=lineage or "",
         calibrated=calibration,
-        on_row=_progress(),
+        on_row=progress("plans"),
     )
     if png:
         from effprof.report.scatter import draw_scatter
@@ -97,20 +109,3 @@ def _print(found: Table, *, as_csv: bool, as_json: bool) -> None:
         from effprof.report.compare import show_comparison
 
         show_comparison(found)
-
-
-def _progress() -> Any:
-    """Says how long it will take, once that is more than two seconds."""
-    began, last = time.monotonic(), [0.0]
-
-    def told(done: int, total: int) -> None:
-        passed = time.monotonic() - began
-        if done and passed > 1 and passed - last[0] > 1 and passed / done * total > 2:
-            last[0] = passed
-            left = passed / done * (total - done)
-            if sys.stderr.isatty():
-                sys.stderr.write(f"\r{done} of {total} plans, about {left:.0f} s left   ")
-            if sys.stderr.isatty() and done + 1 == total:
-                sys.stderr.write("\r" + " " * 60 + "\r")
-
-    return told

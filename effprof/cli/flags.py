@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from effprof.cli import completion
 from effprof.errors import UsageError
 from effprof.plan import Plan, flag, from_dict
 from effprof.units import parse_count
@@ -91,7 +92,11 @@ def _plan_flags(
 
 @functools.cache
 def _plan_hints() -> dict[str, Any]:
-    return typing.get_type_hints(_plan_flags, include_extras=True)
+    """The flags' types, each with what a shell offers for it."""
+    hints = typing.get_type_hints(_plan_flags, include_extras=True)
+    for name in inspect.signature(_plan_flags).parameters:
+        hints[name].__metadata__[0].autocompletion = completion.of_plan(name)
+    return hints
 
 
 def with_plan_flags(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from effprof.cli import completion
+
 NAME = "gpus"
 EPILOG = """\b
 Examples:
@@ -16,7 +18,11 @@ Examples:
 
 def command(
     name: Annotated[
-        str | None, typer.Argument(help="One card, or its numbers as mem=24GB,bw=1TB/s,bf16=165T.")
+        str | None,
+        typer.Argument(
+            help="One card, or its numbers as mem=24GB,bw=1TB/s,bf16=165T.",
+            autocompletion=completion.gpus,
+        ),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")

@@ -28,7 +28,8 @@ def kept(
             raise UsageError("--json has no effect with --export.", "Type --list --json.")
         return _export(table, export, out)
     if as_json:
-        print(table.drop(columns="config").to_json(orient="records"))
+        rows = table.drop(columns="config").to_json(orient="records")
+        print(f'{{"schema": "effprof.measurements/1", "measurements": {rows}}}')
     else:
         from effprof.report.probe import show_measurements
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from effprof import published, registry
+from effprof.cli import completion
 
 NAME = "methods"
 REFERENCE = "1b"
@@ -19,7 +20,9 @@ Examples:
 
 
 def command(
-    name: Annotated[str | None, typer.Argument(help="One method.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="One method.", autocompletion=completion.methods)
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,

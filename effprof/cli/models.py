@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from effprof.cli import completion
 from effprof.model import Architecture, architecture, presets
 
 NAME = "models"
@@ -18,7 +19,10 @@ Examples:
 
 
 def command(
-    name: Annotated[str | None, typer.Argument(help="A preset or a config.json.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="A preset or a config.json.", autocompletion=completion.models),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,

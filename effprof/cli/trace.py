@@ -41,6 +41,7 @@ def command(
         _refuse_with_diff({"--png": png, "--html": html, "--snapshot": snapshot}, flags)
         return _difference(diff, as_json=as_json)
     from effprof.estimator.estimate import estimate
+    from effprof.report.live import progress
     from effprof.report.timeline import timeline
     from effprof.tracer.foreign import admit_config
     from effprof.tracer.trace import trace
@@ -51,7 +52,7 @@ def command(
         admit_config(values["model"])
     plan = from_dict(values)
     expected = None if plan.architecture.foreign or as_json else estimate(plan)
-    result = trace(plan)
+    result = trace(plan, on_update=progress("traced updates"))
     shown = timeline(plan, result.memory)
     document = result.as_dict() | {"timeline": shown.as_dict()}
     if png or html:
@@ -100,9 +101,10 @@ def _refuse_with_diff(files: Mapping[str, Path | None], flags: Mapping[str, Any]
 def _difference(paths: tuple[Path, Path], *, as_json: bool) -> int:
     from effprof import readers
     from effprof.cli.flags import read_plan
+    from effprof.report.live import progress
     from effprof.tracer.trace import trace
 
-    one, other = (trace(read_plan(path)) for path in paths)
+    one, other = (trace(read_plan(path), on_update=progress(path.name)) for path in paths)
     peaks = one.memory.peak, other.memory.peak
     found = readers.diff(*peaks)
     if as_json:

@@ -29,6 +29,7 @@ from effprof.prober.records import SCHEMA, enough
 from effprof.trainer.build import build, resolve_device
 from effprof.trainer.optimizer import MethodOptimizer
 from effprof.trainer.synthetic import gradients, one_update, resident, state_tensors
+from effprof.units import duration
 
 STEADY_UPDATES = 2  # beside a first one and each periodic one
 _APART = 4.0  # beyond that the machine was busy with something else, or the rates are wrong
@@ -86,8 +87,12 @@ class Runner:
         self._name(pointers(dict(model.named_buffers()), "buffers"))
         updates = planned(self.plan)
         with listening(self.recorder.inner) if self.recorder else contextlib.nullcontext():
+            began = time.monotonic()
             for number, (kind, due) in enumerate(updates, 1):
-                _say(f"update {number} of {len(updates)} ({kind})")
+                each = (time.monotonic() - began) / max(number - 1, 1)
+                left = each * (len(updates) - number + 1) + float(self.task.get("seconds", 0))
+                eta = f" · ETA {duration(round(left))}" if number > 1 else ""
+                _say(f"update {number} of {len(updates)} ({kind}){eta}")
                 self._update(where, model, optimizer, (number, kind, due))
         if self.recorder:
             self.recorder.stop()

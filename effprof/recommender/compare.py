@@ -114,6 +114,7 @@ def compare(
             rows.append(Row(estimate(plan, calibrated=calibrated)))
         except UsageError as problem:
             left_out[label], hint = problem.message, problem.hint
+    on_row(len(wanted), len(wanted))
     if not rows:
         label, why = next(iter(left_out.items()))
         if len(set(left_out.values())) == 1:  # nothing to do with any method

@@ -13,6 +13,7 @@ from effprof.report.terminal import console, table
 from effprof.units import GIB, quantity
 
 _LEFT_OUT = 6
+_WIDE = 94  # what every column takes
 
 
 def show_comparison(found: Table) -> None:
@@ -26,16 +27,20 @@ def show_comparison(found: Table) -> None:
     names = ["method", "rank", "weights", "optim", "other", "total"]
     names += ["spare"] if plan.gpu else []
     names += ["tokens/s"] if timed else []
-    rows = table(*names, "perplexity", "vs full")
+    names += ["perplexity", "vs full"]
+    narrow = out.width < _WIDE and len(names) > 8
+    shown = [i for i, name in enumerate(names) if not (narrow and name in ("other", "vs full"))]
+    rows = table(*(names[i] for i in shown))
     full = next((row for row in found.rows if row.plan.method == registry.default()), None)
     for row in found.rows:
-        rows.add_row(*_cells(row, full, timed=timed))
+        cells = _cells(row, full, timed=timed)
+        rows.add_row(*(cells[i] for i in shown))
     out.print(rows)
-    out.print(
-        "Sizes in GiB at each plan's own peak; other is gradients, activations, workspace; total "
-        "the process.",
-        style="dim",
-    )
+    other = "" if narrow else "other is gradients, activations, workspace; "
+    note = f"Sizes in GiB at each plan's own peak; {other}total the process."
+    out.print(note, style="dim")
+    if narrow:
+        out.print(f"Two columns are left out below {_WIDE} characters.", style="dim")
     if found.lineage:
         out.print(
             f"Perplexities are of one group of papers, {lineages()[found.lineage].title}; ~ is "

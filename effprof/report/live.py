@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, TypeVar
 
 from effprof.units import GIB, duration, quantity
 
 _PLAIN_LINES = 20
-_PLAIN_SECONDS = 10.0
+_PLAIN_SECONDS, _LIVE_SECONDS = 10.0, 0.3
+_SHORT = 2.0  # seconds that nobody has to be told about
 Item = TypeVar("Item")
 
 
@@ -92,3 +93,28 @@ class LiveLine:
         parts.append(f"GiB {now:.2f}, peak {peak:.2f}, estimated {self.estimated / GIB:.2f}")
         parts.append(f"ETA {duration(left)}")
         return " · ".join(parts)
+
+
+def progress(what: str) -> Callable[[int, int], None]:
+    """A function told (done, total): it shows how far that is and how long the rest takes, where
+    the whole is longer than two seconds; one line on a terminal, every ten seconds elsewhere.
+    """
+    began = told = time.monotonic()
+    shown = False
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told, shown
+        now, live = time.monotonic(), sys.stderr.isatty()
+        if shown and done == total:
+            sys.stderr.write("\r\033[K" if live else "")
+        whole = (now - began) / max(done, 1) * total
+        pause = _LIVE_SECONDS if live else _PLAIN_SECONDS
+        if not 0 < done < total or whole < _SHORT or now - told < pause:
+            return
+        told, shown = now, True
+        left = duration(max(round(whole * (1 - done / total)), 1))
+        text = f"{what} {done}/{total} · ETA {left}"
+        sys.stderr.write(f"\r\033[K{text}" if live else f"{text}\n")
+        sys.stderr.flush()
+
+    return tell

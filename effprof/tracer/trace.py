@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -39,6 +39,7 @@ from effprof.trainer.synthetic import random_batch
 
 SCHEMA = "effprof.trace/1"
 _ALONE = threading.Lock()
+OnUpdate = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -82,29 +83,33 @@ class Trace:
         }
 
 
-def trace(plan: Plan) -> Trace:
+def trace(plan: Plan, *, on_update: OnUpdate = lambda done, total: None) -> Trace:
     """Run a plan's updates under fake tensors and replay what they allocate.
+
+    ``on_update`` is told how many updates are traced, and how many there are.
 
     One at a time in a process: transformers' and torch's own functions are replaced meanwhile (see
     ``_quiet``), so nothing else should train or trace in another thread.
     """
     check_alone(plan, "a trace")
     with _ALONE, torch.enable_grad():
-        return _trace(plan)
+        return _trace(plan, on_update)
 
 
-def _trace(plan: Plan) -> Trace:
+def _trace(plan: Plan, on_update: OnUpdate) -> Trace:
     began = time.perf_counter()
     card = gpus.gpu(plan.gpu) if plan.gpu else gpus.DEFAULT
     recorder = FakeRecorder(rules(plan, card), casts if plan.device == "cpu" else None)
     with _quiet(plan), _kernel(plan, card), no_collector():
-        tape, parameters = _run(plan, card, recorder)
+        tape, parameters = _run(plan, card, recorder, on_update)
     memory = measure(plan, tape, card)
     seconds = time.perf_counter() - began
     return Trace(plan, parameters, memory, recorder.questions, seconds, fits(plan, memory, card))
 
 
-def _run(plan: Plan, card: Gpu, recorder: FakeRecorder) -> tuple[Tape, dict[str, int]]:
+def _run(
+    plan: Plan, card: Gpu, recorder: FakeRecorder, on_update: OnUpdate
+) -> tuple[Tape, dict[str, int]]:
     """Build and update under a recorder; the tape ends with everything that a run keeps alive.
 
     Also how many parameters there are.
@@ -130,7 +135,7 @@ def _run(plan: Plan, card: Gpu, recorder: FakeRecorder) -> tuple[Tape, dict[str,
             for thread in ("forward", "backward"):
                 recorder.keep(card.workspace, f"cublas_{thread}")
         run = MicroSteps(recorder, model, plan)
-        for kind, number in plan.updates:
+        for done, (kind, number) in enumerate(plan.updates, 1):
             optimizer.seek(number)
 
             def on_phase(phase: str, kind: str = kind) -> None:
@@ -146,6 +151,7 @@ def _run(plan: Plan, card: Gpu, recorder: FakeRecorder) -> tuple[Tape, dict[str,
             recorder.name(_states(optimizer, model), "optimizer")
             if plan.device == "cuda":
                 recorder.name(optimizer.host_states(), HOST)
+            on_update(done, len(plan.updates))
         return recorder.finished(), parameters
 
 
