@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,13 +31,14 @@ def pages() -> dict[str, str]:
 def commands() -> str:
     """The help of every command, as it is printed at 80 columns."""
     sys.path.insert(0, str(ROOT / "tests"))
-    os.environ["COLUMNS"] = "80"
     from helpers import run_cli
 
     from effprof.cli import COMMANDS
 
-    parts = ["# Commands\n", fenced(run_cli("--help")[1])]
-    parts += [f"\n## effprof {name}\n\n{fenced(run_cli(name, '--help')[1])}" for name in COMMANDS]
+    with mock.patch.dict(os.environ, COLUMNS="80"):
+        texts = {name: run_cli(name, "--help")[1] for name in COMMANDS}
+        parts = ["# Commands\n", fenced(run_cli("--help")[1])]
+    parts += [f"\n## effprof {name}\n\n{fenced(text)}" for name, text in texts.items()]
     shell = (
         "\n## Completion\n\n`effprof --install-completion` teaches your shell the commands, and "
         "the names of models, methods, cards and choices.\n"

@@ -16,6 +16,7 @@ from effprof.units import duration, gib, quantity
 if TYPE_CHECKING:
     import pandas as pd
 
+_WIDE = 100  # below, a measurement's line has no room for the device
 _COLOURS = {"FITS": "bold green", "TIGHT": "bold yellow"}
 
 
@@ -223,13 +224,15 @@ def show_found(found: Found) -> None:
 def show_measurements(found: pd.DataFrame, where: str) -> None:
     """The store's newest measurements, one line each."""
     out = console()
-    rows = table("id", "taken", "device", "plan", "outcome", "allocated", "error", "update")
+    wide = out.width >= _WIDE
+    device = ["device"] if wide else []
+    rows = table("id", "taken", *device, "plan", "outcome", "allocated", "error", "update")
     for one in found.tail(40).to_dict("records"):
         rank = f" r{int(one['rank'])}" if one["rank"] == one["rank"] and one["rank"] else ""
         rows.add_row(
             str(one["id"]),
             str(one["taken"])[:10],
-            str(one["card"] or one["device"])[:22],
+            *([str(one["card"] or one["device"])[:22]] if wide else []),
             f"{one['model']} {one['method']}{rank} ×{one['micro_batch']}"[-34:],
             str(one["outcome"]),
             _known(one, "peak_allocated", lambda value: gib(int(value))),
