@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import run_cli
+from safetensors.torch import load_file
 
 from effprof import registry
 from effprof.errors import EffprofError
@@ -227,6 +228,14 @@ def test_the_loop_does_not_wait_for_the_disk(
     assert train(tmp_path / "run", tiny, texts, *more)[0] == 0
     assert steps == [1, 2, 3, 4, 5, 6]
     assert written.is_set()
+    monkeypatch.undo()
+    plain = ("--steps", "6", "--save-every", "2", "--keep-last", "3")
+    assert train(tmp_path / "plain", tiny, texts, *plain)[0] == 0
+    held, expected = (
+        load_file(tmp_path / run / "checkpoint-00000002" / "model.safetensors")
+        for run in ("run", "plain")
+    )
+    assert all(torch.equal(held[name], expected[name]) for name in expected)
 
 
 def test_checkpoints_that_stay(tiny: str, texts: Path, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ class Loop:
             path = self.save()
             self.saver.wait()
             result = None
-            if not self.unfinished() and not self.stop.code:
+            if not self.unfinished() and not self.stop.wanted():
                 self.live.note("Validating and writing the model …")
                 result = self.validate(None)
             if result is None:
@@ -187,7 +187,7 @@ class Loop:
             self.save()
 
     def validate(self, limit: int | None) -> Validation | None:
-        """Over ``limit`` micro-batches or all of the split; None where a signal cut it short."""
+        """Over ``limit`` micro-batches or all of the split; None where the run is to stop first."""
         session, stop = self.session, self.stop
         if isinstance(session.validation, StreamBatches):
             total = limit or EVAL_BATCHES
@@ -196,15 +196,15 @@ class Loop:
             whole = -(-len(session.validation) // session.plan.micro_batch)
             total = min(limit or whole, whole)
             drawn = session.validation.evaluation(limit, session.device)
-        until_signal = itertools.takewhile(lambda batch: not stop.code, drawn)
+        until_signal = itertools.takewhile(lambda batch: not stop.wanted(), drawn)
         watched = self.live.watch("validating", until_signal, total)
         try:
             result = evaluate(session.model, watched, session.plan)
         except EffprofError:
-            if not stop.code:
+            if not stop.wanted():
                 raise
             return None
-        if stop.code:
+        if stop.wanted():
             return None
         session.validated(result.loss)
         return result
