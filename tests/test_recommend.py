@@ -44,6 +44,23 @@ def test_a_search_has_the_bytes_of_the_estimate(name: str) -> None:
         )
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_search_over_several_gpus_has_their_bytes_and_their_seconds(parallel: str) -> None:
+    values = {"model": "130m", "gpu": "a100-80gb", "gpus": 4, "parallel": parallel}
+    found = found_for(["full", "galore", "sltrain"], **values, global_batch=64)
+    chosen = np.random.default_rng(0).choice(len(found), 12, replace=False)
+    errors = []
+    for row in chosen.tolist():
+        exact = estimate(found.plan(row))
+        errors.append(abs(found.memory[row] / exact.memory.peak.size - 1))
+        assert exact.time is not None
+        assert found.seconds[row] * exact.time.positions == pytest.approx(
+            exact.time.update, rel=0.05
+        )
+    assert np.median(errors) < 0.005
+    assert max(errors) < 0.05
+
+
 def test_reserved_bytes_are_bounded_and_close_under_the_default_allocator() -> None:
     values = {"model": "130m", "gpu": "rtx-4090", "global_batch": 32}
     found = found_for(["full", "galore", "sltrain", "apollo"], **values)

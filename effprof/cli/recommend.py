@@ -62,6 +62,10 @@ def command(
     space = _space(flags, methods, ranks, vary)
     card, memory = _card(space, max_memory)
     _check(margin, max_hours, min_tokens_per_second, max_perplexity, price_per_hour, validate)
+    if validate and space.gpus > 1:
+        raise UsageError(
+            "--validate has no effect with --gpus: a probe runs one process.", "Leave one out."
+        )
     if validate:
         from effprof.trainer.build import resolve_device
 

@@ -63,8 +63,9 @@ class Chooser:
         self.found, self.card, self.limits = found, card, limits
         self.objective, self.price, self.lineage = objective, price, lineage
         bound = np.array([RESERVED.get(one.allocator, RESERVED["default"]) for one in found.forms])
-        self.least = found.memory + card.context  # of the process: nothing but what is allocated
-        self.most = found.memory * bound[found.form] + card.context
+        outside = card.outside(found.space.gpus)
+        self.least = found.memory + outside  # of the process: nothing but what is allocated
+        self.most = found.memory * bound[found.form] + outside
         self.allowed = self._allowed()
         recipes: dict[Any, int] = {}
         own = [recipes.setdefault(one.recipe, len(recipes)) for one in found.candidates]

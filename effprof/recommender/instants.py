@@ -59,14 +59,9 @@ class Held:
 
 
 def regular(plan: Plan) -> bool:
-    """Whether each micro-step is like the others, which blocks that take turns are not, nor those
-    of several processes, of which some reduce gradients.
-    """
+    """Whether each micro-step is like the others, which blocks that take turns are not."""
     hooks = ("active", "differentiated", "before_step", "turns")
-    alone = plan.parallel == "none"
-    return alone and not any(
-        hasattr(half, hook) for half, _ in plan.recipe.hooked() for hook in hooks
-    )
+    return not any(hasattr(half, hook) for half, _ in plan.recipe.hooked() for hook in hooks)
 
 
 def passage(
@@ -103,6 +98,7 @@ def held(step: Step, card: Gpu, rates: Rates | None, allocators: Sequence[str]) 
     with no_collector():
         run = _small(step, card, 1)
         events = run.graph.tape.events
+        weights = len(events)
         run.place_states()
         first = len(events)
         run.place_gradients()
@@ -113,7 +109,9 @@ def held(step: Step, card: Gpu, rates: Rates | None, allocators: Sequence[str]) 
     in_backward: dict[str, list[int]] = {}
     for number, allocator in enumerate(allocators):
         sizes = _sizes(run, step.architecture.layers, blocks(step.plan, allocator))
-        resident.append(sum(sizes[:first]))
+        # Where tensors are sharded each process holds the states of those it owns.
+        owned = step.resident()["optimizer"] if step.plan.parallel == "fsdp" else None
+        resident.append(sum(sizes[:weights]) + (owned or sum(sizes[weights:first])))
         gradients.append(sum(sizes[first:last]))
         transient.append(0)
         for name, start, end in spans:

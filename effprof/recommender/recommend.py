@@ -53,6 +53,11 @@ class Recommendation:
         return {one.plan.method for one in rest} - {one.plan.method for one in found.first}
 
     @property
+    def next(self) -> tuple[str, ...]:
+        """The commands for the best plan: a probe runs one process."""
+        return ("validate", "train") if self.space.gpus == 1 else ("train",)
+
+    @property
     def reasons(self) -> list[str]:
         """Why, in sentences."""
         return [self.problem] if self.best is None else reasons(self, self.best)
@@ -86,7 +91,7 @@ class Recommendation:
             "remedies": [one.as_dict() for one in self.remedies],
             "commands": {}
             if best is None
-            else {name: command(best.estimate.plan, name) for name in ("validate", "train")},
+            else {name: command(best.estimate.plan, name) for name in self.next},
             "left_out": dict(found.left_out),
             "not_searched": sorted(self.not_searched),
             "searched": {"plans": self.plans, "seconds": self.seconds},

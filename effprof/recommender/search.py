@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from effprof.errors import UsageError
 from effprof.estimator.flops import flops
 from effprof.estimator.memory import memory
+from effprof.estimator.network import traffic
 from effprof.estimator.time import Rates, rates_of, time, unknown
 from effprof.gpus import Gpu
 from effprof.kernels import UNSORTED_INDICES
@@ -105,7 +107,9 @@ def search(
 
 @dataclass(frozen=True)
 class _Curve:
-    """A way of passing at any micro-batch: bytes by allocator × batch, seconds by batch."""
+    """A way of passing at any micro-batch: bytes by allocator × batch, seconds forwards and
+    backwards × batch.
+    """
 
     peak: Numbers
     completed: Mapping[str, Numbers]
@@ -128,7 +132,7 @@ class _Search:
         plan, space = candidate.plan, self.space
         quick, layers = regular(plan), _fingerprint(candidate.step)
         rates = None if unknown(self.card, plan) else rates_of(self.card, plan)
-        kept = held(candidate.step, self.card, rates, self.allocators) if quick else None
+        kept = held(_alone(candidate.step), self.card, rates, self.allocators) if quick else None
         for way in itertools.product(space.open("checkpointing"), space.open("loss")):
             variant = self._variant(layers, candidate, *way)
             for accumulates, batches in _batches(space, plan) if variant else ():
@@ -136,13 +140,12 @@ class _Search:
                 if kept is None:
                     self._replay(number, variant, batches)
                     continue
-                fresh = not (accumulates or plan.per_layer_update or plan.zero_grad == "zero")
+                kinds = _gradients(plan, accumulates=accumulates)
+                fresh = not (kinds or plan.per_layer_update)
                 curve = self._curve(layers, variant, rates, fresh=fresh)
                 places = [self._place(size) for size, _ in batches]
-                sizes = _together(curve, kept, fresh=fresh)[:, places]
-                micro, often = np.array(batches).T
-                took = curve.seconds[places] * often + kept.seconds
-                took /= micro * often * space.gpus * plan.seq_len
+                sizes = _together(curve, kept, kinds)[:, places]
+                took = self._update_seconds(candidate.step, curve.seconds[:, places], batches, kept)
                 self._append(number, variant, batches, sizes, took if rates else took * np.nan)
 
     def _variant(
@@ -154,6 +157,7 @@ class _Search:
             values = {**candidate.plan.as_dict(), "checkpointing": checkpointing, "loss": loss}
             if regular(candidate.plan):  # a passage is the same wherever its gradients go
                 values["per_layer_update"] = None
+                values |= _ALONE if candidate.plan.parallel == "ddp" else {}
             try:
                 self._variants[key] = from_dict(values)
             except UsageError:
@@ -193,9 +197,26 @@ class _Search:
     def _seconds(self, sides: Numbers) -> Numbers:
         """Of the device's and the host's, forwards and backwards: a CPU is both."""
         if not len(sides):
-            return np.zeros(())
+            return np.zeros(2)
         pairs = sides.reshape(2, 2)
-        total: Numbers = (pairs.sum(1) if self.space.on_cpu else pairs.max(1)).sum()
+        found: Numbers = pairs.sum(1) if self.space.on_cpu else pairs.max(1)
+        return found
+
+    def _update_seconds(
+        self, step: Step, passing: Numbers, batches: list[tuple[int, int]], kept: Held
+    ) -> Numbers:
+        """Seconds of an update over its positions, those of all GPUs; what GPUs say to one another
+        included.
+        """
+        micro, often = np.array(batches).T
+        total: Numbers = passing.sum(0) * often + kept.seconds
+        if step.plan.gpus > 1 and kept.seconds:
+            for at, (forward, backward) in enumerate((passing * often).T.tolist()):
+                batch = step.plan.with_batch(*batches[at])
+                phases = {"forward": forward, "backward": backward, "update": kept.seconds}
+                own = dataclasses.replace(step, plan=batch)
+                total[at] += traffic(own, self.card, phases | {"refresh": 0.0}).exposed
+        total /= micro * often * self.space.gpus * step.plan.seq_len
         return total
 
     def _replay(self, number: int, plan: Plan, batches: list[tuple[int, int]]) -> None:
@@ -230,16 +251,29 @@ class _Search:
             self.rows.append((np.full(len(forms), number), np.array(forms), own, seconds))
 
 
-def _together(curve: _Curve, kept: Held, *, fresh: bool) -> Numbers:
-    """Peaks of an update in bytes, by allocator × batch."""
+def _gradients(plan: Plan, *, accumulates: bool) -> int:
+    """How many copies of all gradients a micro-step finds: DDP's buckets are there throughout, and
+    what is not yet to be reduced accumulates beside them.
+    """
+    if plan.per_layer_update:
+        return 0
+    zeros = plan.zero_grad == "zero"
+    if plan.parallel == "ddp":
+        return 2 if accumulates and not zeros else 1
+    return int(accumulates or zeros)
+
+
+def _together(curve: _Curve, kept: Held, copies: int) -> Numbers:
+    """Peaks of an update in bytes, by allocator × batch, whose micro-steps find so many copies of
+    the gradients.
+    """
     gradients, transient = (np.array(one)[:, None] for one in (kept.gradients, kept.transient))
     if kept.in_backward:
         alive = np.maximum(curve.peak, transient)
         for name, size in kept.in_backward.items():
             alive = np.maximum(alive, curve.completed[name] + np.array(size)[:, None])
     else:
-        passing = curve.peak if fresh else curve.peak + gradients
-        alive = np.maximum(passing, gradients + transient)
+        alive = np.maximum(curve.peak + copies * gradients, gradients + transient)
     total: Numbers = np.array(kept.resident)[:, None] + alive
     return total
 
@@ -289,6 +323,16 @@ def _batches(space: Space, plan: Plan) -> list[tuple[bool, list[tuple[int, int]]
 
 
 _PASSED = ("forward", "backward", "backward_input", "backward_weights")
+
+
+def _alone(step: Step) -> Step:
+    """What one of DDP's processes computes is what a GPU alone does."""
+    if step.plan.parallel != "ddp":
+        return step
+    return work_out(from_dict({**step.plan.as_dict(), **_ALONE}))
+
+
+_ALONE = {"gpus": 1, "parallel": "none", "global_batch": None}
 
 
 def _fingerprint(step: Step) -> tuple[Any, ...]:

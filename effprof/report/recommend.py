@@ -21,7 +21,8 @@ def show_recommendation(found: Recommendation) -> None:
     """The answer first, then its reasons, the Pareto set and the commands."""
     out, best = console(), found.best
     space, values = found.space, found.space.values
-    asked = f"{values['model']} on {found.card.title or found.card.name}"
+    several = f"{space.gpus} × " if space.gpus > 1 else ""
+    asked = f"{values['model']} on {several}{found.card.title or found.card.name}"
     tokens = f" · {quantity(values['tokens'])} tokens" if values.get("tokens") else ""
     out.print(
         Text(f"{asked} · {space.global_batch} rows per update{tokens} · {found.objective}", "bold")
@@ -51,8 +52,8 @@ def show_recommendation(found: Recommendation) -> None:
     for why, names in list(reasons.items())[:_LEFT_OUT]:
         out.print(f"Left out {', '.join(names)}: {why}", style="dim")
     if best is not None:
-        out.print(f"Next: {command(best.estimate.plan, 'validate')}", soft_wrap=True)
-        out.print(f"then: {command(best.estimate.plan, 'train')}", soft_wrap=True)
+        for lead, name in zip(("Next:", "then:"), found.next, strict=False):
+            out.print(f"{lead} {command(best.estimate.plan, name)}", soft_wrap=True)
 
 
 def _show_remedies(found: Recommendation) -> None:
