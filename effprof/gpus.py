@@ -161,12 +161,15 @@ def gpu(text: str) -> Gpu:
     UsageError.
     """
     name = text.lower().replace("_", "-").replace(" ", "-")
-    if name in _tables():
-        return _card(name)
+    for known in (name, f"rtx-{name}"):  # 4090 is what people say
+        if known in _tables():
+            return _card(known)
+    if re.fullmatch(r"[0-9.]+gi?b", name):
+        return gpu(f"mem={name}")
     if "=" not in text:
-        known = recognise(text)
-        if known is not None and not _SIZE.search(known.name):
-            return known
+        found = recognise(text)
+        if found is not None and not _SIZE.search(found.name):
+            return found
         near = [one for one in _tables() if one.startswith(f"{name}-")]
         if near:
             raise UsageError(f"Unknown GPU {text!r}.", f"Did you mean {' or '.join(near[:4])}?")

@@ -331,6 +331,11 @@ def _architecture(model: str) -> Architecture:
             ) from None
         return from_config(config, name=file.parent.resolve().name)
     if preset is None:
+        if "/" in model:
+            raise UsageError(
+                f"There is no file {model!r}.",
+                "A model of the Hub is given by its config.json: save it, and type its path.",
+            )
         raise unknown("model", model, presets(), "A path to a config.json works too.")
     config = {key: value for key, value in preset.items() if key != "name"}
     return from_config(config, preset["name"])

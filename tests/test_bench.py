@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas
 import pytest
-from helpers import run_cli
+from helpers import check_document, run_cli
 
 from effprof.bench.against import beside, curves
 from effprof.bench.cost import costs
@@ -264,6 +264,7 @@ def test_a_killed_bench_goes_on_without_losing_a_trial(
     code, printed, _ = run_cli("bench", path, "--out", out, "--threads", "1", "--json")
     assert code == 0
     document = json.loads(printed)
+    check_document(document)
     assert document["trials"] == {"done": 4, "planned": 4}
     assert {row["state"] for row in document["rows"]} == {"done"}
     assert all(p.stat().st_mtime_ns == then for p, then in done.items())

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers import run_cli, small
+from helpers import check_document, run_cli, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -109,6 +109,7 @@ def test_for_real(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert code == 0, err
     found: dict[str, Any] = json.loads(out)
     assert found["micro_batch"] >= 1
+    check_document(found)
     assert len(found["trials"]) <= TRIALS
     assert found["measured"]["step_seconds"]["n"] == 12
     assert found["measured"]["rss_peak"] <= found["limit"] == int(900e6 * 0.95)

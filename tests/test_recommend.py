@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import check_document
 from helpers import run_cli as run
 
 from effprof import gpus, registry
@@ -198,6 +199,7 @@ def test_json_and_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("EFFPROF_HOME", str(tmp_path))
     code, out, _ = run("recommend", "--model", "60m", "--gpu", "rtx-4090", *QUICK, "--json")
     document = json.loads(out)
+    check_document(document)
     assert (code, document["schema"]) == (0, "effprof.recommend/1")
     assert document["plan"] == document["best"]["plan"]
     assert document["best"]["headroom"] >= 0

@@ -171,3 +171,31 @@ def test_progress_is_for_what_takes_long(
         now[0] += 6.0
         tell(done, 5)
     assert capsys.readouterr().err == "plans 2/5 · ETA 18 s\nplans 4/5 · ETA 6 s\n"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--model 7b --method galore --state-dtype 8bit --per-layer-update --micro-batch 1",
+        "--model 1b --method sltrain --update stable-spam --set density=0.05",
+        "--model 350m --method fira --set residual=code --dtype amp-bf16 --grad-accum 2",
+        "--model 60m --method lowrank --rank 64 --targets mlp --freeze-rest --device cpu",
+    ],
+)
+def test_the_next_command_is_about_this_very_plan(flags: str) -> None:
+    out = run_cli("estimate", *flags.split())[1]
+    words = (
+        out.splitlines()[-1].removeprefix("Next: ").removesuffix(" holds this against a real run.")
+    )
+    assert words.startswith("effprof probe ")
+    asked, repeated = (
+        json.loads(run_cli("estimate", *line.split(), "--json")[1])["plan"]
+        for line in (flags, words.removeprefix("effprof probe "))
+    )
+    assert asked == repeated
+
+
+def test_what_does_not_fit_leads_to_what_does() -> None:
+    code, out, _ = run_cli("estimate", "--model", "7b", "--gpu", "24GB")
+    assert code == 3
+    assert "effprof recommend --model 7b --gpu 24GB" in out

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from effprof.recommender.recommend import Recommendation
 
 # What a run decides for itself, and what probing does not need.
-_UNSAID = {"train": ("gpu",), "validate": ("gpu", "tokens")}
+_UNSAID = {"train": ("gpu",), "validate": ("gpu", "tokens"), "probe": ("gpu", "tokens")}
 
 
 def title(plan: Plan) -> str:
@@ -156,10 +156,11 @@ def command(plan: Plan, name: str) -> str:
     wanted = {k: v for k, v in plan.as_dict().items() if v is not None and k not in left_out}
     words = ["effprof", name]
     given: dict[str, Any] = {}
+    said: dict[int, dict[str, Any]] = {}  # what is given resolves to, by how much is given
     for key in ("model", "method", *(k for k in wanted if k not in ("model", "method"))):
         if key in ("settings", "update_settings"):
             words += _settings(key, wanted, given)
-        elif key not in ("global_batch", "update_settings") and _differs(key, wanted, given):
+        elif key not in ("global_batch", "update_settings") and _differs(key, wanted, given, said):
             given[key] = tuple(wanted[key]) if isinstance(wanted[key], list) else wanted[key]
             words += [flag(key)] if given[key] is True else [flag(key), _text(given[key])]
     assert from_dict(given).as_dict() == {**plan.as_dict(), **dict.fromkeys(left_out)}
@@ -168,16 +169,20 @@ def command(plan: Plan, name: str) -> str:
     return shlex.join(words)
 
 
-def _differs(key: str, wanted: dict[str, Any], given: dict[str, Any]) -> bool:
+def _differs(
+    key: str, wanted: dict[str, Any], given: dict[str, Any], said: dict[int, dict[str, Any]]
+) -> bool:
     """Whether a value is not what the plan so far has; a half-said plan may be refused."""
     if key in ("model", "method"):
         return True
     if key == "rank" and wanted.get("rank") is None:
         return False
     try:
-        return bool(from_dict(given).as_dict()[key] != wanted[key])
+        if len(given) not in said:
+            said[len(given)] = from_dict(given).as_dict()
     except UsageError:
         return True
+    return bool(said[len(given)][key] != wanted[key])
 
 
 def _settings(key: str, wanted: dict[str, Any], given: dict[str, Any]) -> list[str]:

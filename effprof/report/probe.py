@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
+from effprof.plan import from_dict
 from effprof.prober.compare import Bucket, Comparison
 from effprof.prober.find import Found
+from effprof.recommender.words import command
 from effprof.report.terminal import console, describe, table
 from effprof.units import duration, gib, quantity
 
@@ -28,7 +30,7 @@ def show_probe(result: Comparison, stored: int | None = None) -> None:
     _show_time(out, result)
     _show_need(out, result)
     _show_sources(out, result, stored)
-    out.print(f"Next: effprof train --model {plan.model} --method {plan.method} --steps 100")
+    out.print(f"Next: {command(plan, 'train')} --steps 100", soft_wrap=True)
 
 
 def _show_buckets(out: Console, result: Comparison) -> None:
@@ -214,11 +216,9 @@ def show_found(found: Found) -> None:
     more = "" if found.closed else " (a larger one may, too)"
     line = f"Micro-batch {found.micro_batch} {what}{more} in {room}; it ran 100 updates."
     out.print(Text(line, style="bold green"))
-    plan = found.plan
-    out.print(
-        f"Next: effprof train --model {plan.model} --method {plan.method} "
-        f"--micro-batch {found.micro_batch} --steps 100"
-    )
+    largest = {"micro_batch": found.micro_batch, "global_batch": None}
+    plan = from_dict(found.plan.as_dict() | largest)
+    out.print(f"Next: {command(plan, 'train')} --steps 100", soft_wrap=True)
 
 
 def show_measurements(found: pd.DataFrame, where: str) -> None:

@@ -20,6 +20,7 @@ from effprof.estimator.network import Traffic
 from effprof.estimator.quality import unknown
 from effprof.model import Architecture
 from effprof.plan import Plan
+from effprof.recommender.words import command
 from effprof.tape import ROLES
 from effprof.units import GB, duration, gib, quantity
 
@@ -82,10 +83,17 @@ def show_estimate(result: Estimate) -> None:
     advice = [f"{one.flag} saves {gib(one.saving)}" for one in advise(result)]
     if advice:
         out.print(f"Here {', '.join(advice)} (each alone).".replace(" GiB", "\u00a0GiB"))
-    out.print(
-        f"Next: effprof probe --model {plan.model} --method {plan.method} holds this against a "
-        f"real run."
-    )
+    out.print(f"Next: {_next(result)}", soft_wrap=True)
+
+
+def _next(result: Estimate) -> str:
+    """What to type then: of this very plan where a probe can run it."""
+    plan = result.plan
+    if plan.gpu and not result.fits[0].fits:
+        return f"effprof recommend --model {plan.model} --gpu {plan.gpu} finds what fits."
+    if plan.gpus > 1 or plan.attention_mask == "full":
+        return f"effprof compare --model {plan.model} puts methods side by side."
+    return f"{command(plan, 'probe')} holds this against a real run."
 
 
 def show_memory(out: Console, plan: Plan, memory: Memory) -> None:
