@@ -259,6 +259,8 @@ def _exercise_hooks(half: Any, matrix: Matrix, tensors: dict[str, Any], settings
         tensors["weight"].grad = torch.randn(matrix.shape)
         layer.groups["factor"] = Group(matrix, {}, {}, {})
         half.before_step([layer], Clock(total_updates=99), settings)
+    elif hasattr(half, "before_step"):
+        half.before_step([layer], clock, settings)
     if hasattr(half, "after_step"):
         half.after_step([layer], [], clock, settings)
     if hasattr(half, "lr_factor"):

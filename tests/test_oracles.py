@@ -109,6 +109,49 @@ def test_a_randomized_basis_holds_the_gradient_as_the_svd_does(shape: tuple[int,
     assert lost["randomized"][-1] < 1.02 * lost["exact"][-1]
 
 
+@pytest.mark.parametrize("svd", ["exact", "randomized"])
+@pytest.mark.parametrize("energy", [0.5, 0.9, 1.0])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_adarankgrad_is_adam_in_a_basis_that_shrinks(
+    shape: tuple[int, int], energy: float, svd: str
+) -> None:
+    """Against the same rule with tensors that really shrink, written for a tall matrix only."""
+    torch.manual_seed(0)
+    tall = shape[0] >= shape[1]
+    p = min(shape)
+    spectrum = torch.linalg.qr(torch.randn(p, p))[0] * 0.6 ** torch.arange(p)
+    driver = Driver("adarankgrad", torch.randn(shape), rank=8, refresh=5, energy=energy, svd=svd)
+    weight = driver.weight.clone() if tall else driver.weight.t().clone()
+    ranks, old = [], torch.zeros(0)
+    first = second = torch.zeros(max(shape), 0)
+    for age, noise in enumerate(gradients((max(shape), p), 20)):
+        gradient = noise @ spectrum.t() if age < 10 else noise @ spectrum.t() * (1 + age)
+        if age % 5 == 0:
+            _, values, vectors = torch.linalg.svd(gradient, full_matrices=False)
+            share = values.square().cumsum(0) / values.square().sum()
+            rank = min(8, int((share < energy).sum()) + 1)
+            basis = vectors[:rank]
+            turn = basis @ old.t() if age else torch.zeros(rank, 0)
+            first, second = first @ turn.t(), second @ turn.square().t()
+            old = basis
+            ranks.append(rank)
+        projected = gradient @ old.t()
+        first = 0.9 * first + 0.1 * projected
+        second = 0.999 * second + 0.001 * projected.square()
+        corrected = first / (1 - 0.9 ** (age + 1))
+        root = (second / (1 - 0.999 ** (age + 1))).sqrt()
+        eps = 1e-8 / (1 - 0.999 ** (age + 1)) ** 0.5
+        weight -= 0.1 * 0.25 * (corrected / (root + eps)) @ old
+        driver.step(gradient if tall else gradient.t().contiguous(), 0.1)
+        used = driver.group.state["projector"].norm(dim=1 if tall else 0) > 0.5
+        assert int(used.sum()) == ranks[-1]
+        if svd == "randomized":
+            continue  # another basis of nearly the same subspace: the rank is what it has to find
+        ours = driver.weight if tall else driver.weight.t()
+        torch.testing.assert_close(ours, weight, rtol=1e-4, atol=2e-4)
+    assert max(ranks) < 8 if energy < 0.9 else max(ranks) <= 8
+
+
 def test_firas_residual_is_orthogonal_to_the_basis() -> None:
     from effprof.methods import fira
 
@@ -212,6 +255,69 @@ def test_moras_merge_is_the_matrix_it_multiplies_by(shape: tuple[int, int]) -> N
     assert half.lr_factor(clock, settings) == pytest.approx(0.01)
     half.after_step([layer], [], Clock(update=5, since_restart=1), settings)
     assert half.due(settings, 2) == (3,)
+
+
+@pytest.mark.parametrize("candidates", ["kept", "drawn"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_switchlora_exchanges_vectors_and_stays_the_same_function(
+    shape: tuple[int, int], candidates: str
+) -> None:
+    """Against the release's own bookkeeping, done plainly: lists of which candidate is where, which
+    vectors rest and for how long.
+    """
+    half: Any = registry.method("switchlora").layer
+    settings = half.Settings(rank=6, interval=8, candidates=candidates, rest=2)
+    matrix, total = Matrix("w", *shape, "q"), 2000
+    torch.manual_seed(0)
+    given = torch.randn(shape)
+    tensors = {n: nn.Parameter(v) for n, v in half.init(matrix, settings, 5, given).items()}
+    layer = Layer(matrix, tensors, {}, 3)
+    for name in ("A", "B"):
+        moments = {"exp_avg": torch.zeros_like(tensors[name])}
+        layer.groups[name] = Group(matrix, {}, {}, moments)
+    count, plain = min(shape), {n: v.detach().clone() for n, v in tensors.items()}
+    torch.testing.assert_close(half.dense(tensors, settings), given, rtol=1e-4, atol=1e-5)
+    selected = {
+        "A": [count - 6 + i for i in range(6)],
+        "B": [count - 6 + (i - 3) % 6 for i in range(6)],
+    }
+    place, resting, done = {"A": 0, "B": 3}, {"A": [0] * 6, "B": [0] * 6}, 0
+    for update in range(1, 60):
+        for name in ("A", "B"):  # a gradient, Adam's moments, an update of the vectors
+            tensors[name].grad = torch.ones_like(tensors[name])
+        with torch.no_grad():
+            half.before_step([layer], Clock(update=update - 1, total_updates=total), settings)
+            still = {n: [k for k in range(6) if resting[n][k]] for n in ("A", "B")}
+            for name in ("A", "B"):
+                grads = tensors[name].grad if name == "A" else tensors[name].grad.t()
+                assert [k for k in range(6) if not grads[k].any()] == still[name], (update, name)
+                layer.groups[name].state["exp_avg"].add_(tensors[name].grad)
+                resting[name] = [max(one - 1, 0) for one in resting[name]]
+                moved = torch.randn_like(tensors[name])
+                tensors[name].add_(moved)
+                plain[name].add_(moved)
+            before = half.dense(tensors, settings)
+            half.after_step([layer], [], Clock(update=update, total_updates=total), settings)
+            torch.testing.assert_close(half.dense(tensors, settings), before, rtol=1e-4, atol=1e-4)
+        wanted = sum(6 / 8 * 0.3 ** (u / 200) for u in range(1, update + 1))
+        for _ in range(int(wanted) - done):
+            for name, counterpart in (("A", "B"), ("B", "A")):
+                k = place[name]
+                slot = (selected[name][k - 1] + 1) % count
+                own = plain[name] if name == "A" else plain[name].t()
+                if candidates == "kept":
+                    pool = plain[f"{name}_candidates"]
+                    pool[selected[name][k]] = own[k].clone()
+                    own[k] = pool[slot]
+                selected[name][k], place[name] = slot, (k + 1) % 6
+                resting[counterpart][k] = 2
+                moment = layer.groups[counterpart].state["exp_avg"]
+                assert not (moment if counterpart == "A" else moment.t())[k].any()
+            done += 1
+        if candidates == "kept":
+            for name in ("A", "B", "A_candidates", "B_candidates"):
+                assert torch.equal(tensors[name], plain[name]), (update, name)
+    assert done > count  # so that what went out came in again
 
 
 @pytest.mark.parametrize("kind", ["v", "down"])
