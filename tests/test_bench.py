@@ -177,6 +177,23 @@ def test_another_spec_is_refused_by_name_and_more_arms_are_welcome(
         Study(tmp_path, parse(asked))
 
 
+def test_a_newer_versions_settings_at_their_defaults_are_no_other_spec(
+    tiny: str, texts: Path, tmp_path: Path
+) -> None:
+    asked = spec(tiny, texts)
+    Study(tmp_path, asked)
+    path = tmp_path / "spec.json"
+    before = json.loads(path.read_text())
+    arm = before["arm 'lowrank'"]
+    del arm["keep_logits"], arm["settings"]["alpha"]  # as if they had not been there then
+    path.write_text(json.dumps(before))
+    Study(tmp_path, asked)
+    del arm["seq_len"]  # 32 here, and not the default
+    path.write_text(json.dumps(before))
+    with pytest.raises(UsageError, match="seq_len = None, not 32"):
+        Study(tmp_path, asked)
+
+
 def test_the_digest_is_of_the_text_and_not_of_its_dates(texts: Path, tmp_path: Path) -> None:
     import shutil
 

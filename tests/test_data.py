@@ -365,6 +365,21 @@ def test_a_dataset_that_cannot_be_loaded() -> None:
         DatasetCorpus("nobody/nothing").stream("train")
 
 
+def test_sentinels_that_the_model_lacks_are_plain_text(texts: Path, tmp_path: Path) -> None:
+    """T5's tokenizer has a hundred of them beyond the benchmark's vocabulary of 32,000."""
+    made = tokenizer(corpus(str(texts)), 300, None)
+    made.add_special_tokens({"additional_special_tokens": [f"<extra_id_{n}>" for n in range(9)]})
+    made.save_pretrained(tmp_path / "tok")
+    assert len(made) == 309
+    chosen = tokenizer(corpus(str(texts)), 300, str(tmp_path / "tok"))
+    text = "a <extra_id_0> b"
+    ids = chosen.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    assert max(ids) < 300
+    assert chosen.decode(ids) == text
+    with pytest.raises(EffprofError, match="has 300 tokens, the model only 299"):
+        tokenizer(corpus(str(texts)), 299, str(tmp_path / "tok"))
+
+
 def test_tokenizers_are_checked(texts: Path, tiny: str, tmp_path: Path) -> None:
     found = files(texts)
     made = tokenizer(found, 1024, None)

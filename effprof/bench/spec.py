@@ -36,6 +36,11 @@ class Arm:
     rates: tuple[float, ...]
 
     @property
+    def identity_name(self) -> str:
+        """What a study calls the arm when it says what differs."""
+        return f"arm {self.label!r}"
+
+    @property
     def folder(self) -> str:
         """The label as the start of a folder's name."""
         return re.sub(r"[^A-Za-z0-9.]+", "-", self.label).strip("-")
@@ -65,7 +70,7 @@ class Spec:
         for arm in self.arms:
             plan = {k: v for k, v in arm.plan.as_dict().items() if k not in ("model", "device")}
             shape = {"architecture": dict(arm.plan.architecture.config)}
-            found[f"arm {arm.label!r}"] = {**plan, **shape, "rates": list(arm.rates)}
+            found[arm.identity_name] = {**plan, **shape, "rates": list(arm.rates)}
         whole: dict[str, Any] = json.loads(json.dumps(found))
         return whole
 

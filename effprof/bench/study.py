@@ -5,6 +5,7 @@ killed one loses nothing.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import math
@@ -25,6 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 from effprof.bench.spec import Arm, Spec
 from effprof.errors import EffprofError, UsageError
 from effprof.files import check_writable, digest, write_folder, write_whole
+from effprof.plan import Plan
 
 JOURNAL = "journal.log"
 RESULT = "result"  # a trial's attribute: its row of the results
@@ -114,6 +116,10 @@ class Study:
             write_whole(path, json.dumps(own, indent=1) + "\n")
             return
         before = json.loads(path.read_text(encoding="utf-8"))
+        for arm in self.spec.arms:
+            name = arm.identity_name
+            if name in before:
+                own[name] = _as_known_then(before[name], own[name], arm)
         for name, old in before.items():
             if own.get(name) != old:
                 what, was, now = _difference(name, old, own.get(name))
@@ -254,6 +260,28 @@ class Study:
 
 def _seed(trial: FrozenTrial) -> int:
     return int(trial.user_attrs.get(_SEED, 0))
+
+
+def _as_known_then(old: dict[str, Any], new: dict[str, Any], arm: Arm) -> dict[str, Any]:
+    """An arm without what a newer version of effprof added and leaves at its default."""
+    halves = arm.plan.halves
+    found = _older(old, new, Plan)
+    for name, half in (("settings", halves.addressed), ("update_settings", halves.update)):
+        found[name] = _older(old[name], new[name], half.Settings)
+    return found
+
+
+def _older(old: dict[str, Any], new: dict[str, Any], kind: Any) -> dict[str, Any]:
+    defaults = {item.name: item.default for item in dataclasses.fields(kind)}
+    return {
+        key: value
+        for key, value in new.items()
+        if key in old or key not in defaults or value != json.loads(_plain(defaults[key]))
+    }
+
+
+def _plain(value: Any) -> str:
+    return "null" if value is dataclasses.MISSING else json.dumps(value)
 
 
 def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:

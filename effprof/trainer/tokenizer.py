@@ -28,9 +28,10 @@ def tokenizer(corpus: FileCorpus | DatasetCorpus, vocab: int, path: str | None) 
             raise UsageError(
                 f"The tokenizer {path!r} has no end-of-text token.", "Give one that has eos_token."
             )
-        if len(chosen) > vocab:
+        count = _without_markers(chosen)
+        if count > vocab:
             raise UsageError(
-                f"The tokenizer {path!r} has {len(chosen)} tokens, the model only {vocab}.",
+                f"The tokenizer {path!r} has {count} tokens, the model only {vocab}.",
                 "Give a smaller tokenizer or a model with a larger vocab_size.",
             )
         return chosen
@@ -45,6 +46,20 @@ def tokenizer(corpus: FileCorpus | DatasetCorpus, vocab: int, path: str | None) 
         sys.stderr.write(f"Training a tokenizer of {size} tokens on the corpus (once) …\n")
         write_whole(cached, _train(_sample(corpus), size))
     return PreTrainedTokenizerFast(tokenizer_file=str(cached), eos_token=END, pad_token=END)
+
+
+def _without_markers(chosen: Any) -> int:
+    """How many ids text can become: special tokens at the end, such as T5's hundred sentinels, are
+    read as plain text, and a model need not have them.
+    """
+    markers = {number for number, one in chosen.added_tokens_decoder.items() if one.special}
+    markers -= {chosen.eos_token_id, chosen.pad_token_id}
+    count = len(chosen)
+    while count - 1 in markers:
+        count -= 1
+    if count < len(chosen):
+        chosen.backend_tokenizer.encode_special_tokens = True
+    return count
 
 
 def _load(path: str) -> Any:
