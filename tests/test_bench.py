@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -320,6 +321,11 @@ def test_published_rows_stand_beside_own_with_lineage_and_bias() -> None:
     assert one.unbiased[0] == pytest.approx(34.88 ** (401 / 400))
     assert one.unbiased[1] == pytest.approx(34.88 ** (101 / 100))
     assert one.to_full[0] == pytest.approx((34.88 / 34.06) ** (401 / 400) - 1)
+    assert one.changed == ""
+    other = line("mine", "galore", 40.0, 0.1)
+    plan = Plan(model="60m", method="galore", settings={"refresh": 50})
+    other = dataclasses.replace(other, arm=dataclasses.replace(other.arm, plan=plan))
+    assert {one.changed for one in beside([other])} == {"refresh=50"}
     # The benchmark's own 1b row has no plain full-rank run in its source: no ratio is made up.
     (restarts,) = beside([line("r", "lowrank-restarts", 20.0, 0.0)])
     assert (restarts.perplexity, restarts.to_full, restarts.same_model) == (15.013, None, False)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from effprof import published, registry
 from effprof.bench.results import Line
+from effprof.estimator.evidence import changed_settings
 from effprof.model import PRESETS, architecture, presets
 from effprof.published import Published
 
@@ -19,7 +20,8 @@ class Beside(NamedTuple):
     ``unbiased`` is the range of the published perplexity if its evaluation had not reported the
     loss × K/(K+1), None where its group is not known to. ``to_full`` is it over the full-rank run
     of the same source, model and tokens, minus one (both corrected where that is known), None where
-    that source has none. ``same_model`` says whether the sizes are equal, too.
+    that source has none. ``same_model`` says whether the sizes are equal, too; ``changed`` which
+    of the arm's settings are not the published ones.
     """
 
     arm: str
@@ -33,6 +35,7 @@ class Beside(NamedTuple):
     unbiased: tuple[float, float] | None
     to_full: tuple[float, float] | None
     same_model: bool
+    changed: str
     source: str
 
 
@@ -45,6 +48,8 @@ def beside(lines: Sequence[Line]) -> list[Beside]:
 
 def _of(line: Line) -> Iterator[Beside]:
     plan = line.arm.plan
+    changes, _ = changed_settings(plan)
+    changed = ", ".join(f"{key}={value}" for key, value in changes.items())
     assert line.perplexity is not None
     if plan.method == registry.default():
         return
@@ -60,7 +65,7 @@ def _of(line: Line) -> Iterator[Beside]:
         yield Beside(
             line.arm.label, line.perplexity, line.to_full, lineage.title, model, one.rank,
             one.tokens, one.perplexity, unbiased(one), _to_full(one, full),
-            architecture(model).parameters == own, one.citation,
+            architecture(model).parameters == own, changed, one.citation,
         )  # fmt: skip
 
 

@@ -167,11 +167,12 @@ def _show(
     asked: Spec, out: Path, rows: list[dict[str, Any]], *, against: bool, as_json: bool
 ) -> None:
     from effprof.bench.against import beside
-    from effprof.bench.results import summarize
+    from effprof.bench.results import summarize, write_results
     from effprof.report.bench import document, show_bench, write_summary
     from effprof.report.bench_plots import draw
 
     lines = summarize(asked, rows)
+    write_results(out, rows)
     write_summary(out, asked, lines, rows)
     files = [out / "summary.md", *draw(out, asked, lines, rows)]
     published = beside(lines) if against else []

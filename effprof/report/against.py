@@ -30,7 +30,15 @@ def show_beside(found: Sequence[Beside]) -> None:
     for one in found:
         rows.add_row(*_cells(one))
     out.print(rows)
+    for text in _changes(found):
+        out.print(Text(text, style="dim"))
     out.print(Text(NOTE, style="dim"))
+
+
+def _changes(found: Sequence[Beside]) -> list[str]:
+    """A line per arm whose settings are not the published ones: it is another run of the method."""
+    own = {one.arm: one.changed for one in found if one.changed}
+    return [f"{arm} has {changed}: not as published." for arm, changed in own.items()]
 
 
 def _cells(one: Beside) -> list[str]:
@@ -56,7 +64,7 @@ def markdown(found: Sequence[Beside]) -> str:
     head = " | ".join([*_COLUMNS, "source"])
     lines = [f"| {head} |", "| --- |" + " ---: |" * 2 + " --- | --- |" + " ---: |" * 3 + " --- |"]
     lines += ["| " + " | ".join([*_cells(one), one.source]) + " |" for one in found]
-    return "\n".join([*lines, "", NOTE, ""])
+    return "\n".join([*lines, "", *(f"- {text}" for text in (*_changes(found), NOTE)), ""])
 
 
 def draw_curves(
