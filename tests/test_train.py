@@ -198,13 +198,13 @@ def test_the_loop_does_not_wait_for_the_disk(
     tiny: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While a checkpoint is being written the next updates run, and it holds none of them."""
-    flush, steps = checkpoint._flush, []
+    save, steps = checkpoint.save_file, []
     update, written = loop.Loop.update, threading.Event()
 
-    def slow(path: Path) -> None:
+    def slow(tensors: Any, path: Path) -> None:
         if not written.is_set() and "00000002" in str(path):
             written.wait(30)
-        flush(path)
+        save(tensors, path)
 
     def watched(self: loop.Loop) -> Any:
         pending = update(self)
@@ -214,7 +214,7 @@ def test_the_loop_does_not_wait_for_the_disk(
             written.set()
         return pending
 
-    monkeypatch.setattr(checkpoint, "_flush", slow)
+    monkeypatch.setattr(checkpoint, "save_file", slow)
     monkeypatch.setattr(loop.Loop, "update", watched)
     more = ("--steps", "6", "--save-every", "7")
     save_at = loop.Loop.between

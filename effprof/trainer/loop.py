@@ -127,11 +127,11 @@ class Loop:
 
     def before_update(self, loss: Tensor) -> bool:
         """Clip; and where bad batches are to be skipped, wait for the numbers that decide it."""
-        run, parameters = self.run, list(self.session.model.parameters())
+        run, model = self.run, self.session.model
         if run.clip:
-            self.numbers["grad_norm"] = nn.utils.clip_grad_norm_(parameters, run.clip)
+            self.numbers["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), run.clip)
         elif (run.log_norms and not run.plan.per_layer_update) or run.on_nan == "skip":
-            self.numbers["grad_norm"] = gradient_norm(parameters)
+            self.numbers["grad_norm"] = gradient_norm(model.parameters())
         if run.on_nan != "skip":
             return True
         return bool(torch.isfinite(loss) & torch.isfinite(self.numbers["grad_norm"]))
