@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 def pages() -> dict[str, str]:
     """Every generated page by its path."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](")
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     found = {"index.md": readme, "changelog.md": changes}
     found |= {"commands.md": commands(), "json.md": documents(), "accuracy.md": accuracy()}

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import pickle
 import re
 import shutil
@@ -107,6 +108,18 @@ def test_a_measurement_by_its_number(
     assert write(["1"], tmp_path / "page.html")["kinds"] == ["probe"]
     assert run_cli("report", "2")[0] == 2
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_page_can_be_read_by_whom_the_umask_says(
+    documents: dict[str, list[str]], tmp_path: Path
+) -> None:
+    before = os.umask(0o022)
+    try:
+        write(documents["compare"], tmp_path / "page.html")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "page.html").stat().st_mode & 0o777 == 0o644
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
 def test_names_are_text_and_never_markup() -> None:

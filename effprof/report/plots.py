@@ -55,7 +55,11 @@ def draw(path: Path, timeline: Timeline) -> None:
     if timeline.reserved:
         axes.axhline(timeline.reserved / GIB, color="black", linewidth=0.8, linestyle="--")
         axes.annotate(
-            f"reserved {gib(timeline.reserved)}", (at[0], timeline.reserved / GIB), fontsize=8
+            f"reserved {gib(timeline.reserved)}",
+            (at[0], timeline.reserved / GIB),
+            xytext=(4, 4),
+            textcoords="offset points",
+            fontsize=8,
         )
     peak = max(timeline.instants, key=lambda one: sum(one.by_role.values()))
     top = sum(peak.by_role.values())

@@ -60,6 +60,7 @@ def show_estimate(result: Estimate) -> None:
     out.print(Text(headline(plan, result.step.count()), style="bold"))
     out.print(describe(plan))
     show_memory(out, plan, result.memory)
+    show_verdict(out, plan, result.fits)
     if result.paper:
         out.print(
             f"Published tables would say {result.paper[0] / GB:.3f} GB: {result.paper[1]}.",
@@ -68,7 +69,6 @@ def show_estimate(result: Estimate) -> None:
     _show_flops(out, result)
     _show_time(out, result)
     _show_quality(out, result)
-    show_verdict(out, plan, result.fits)
     if result.calibration is not None:
         out.print(f"The card's constants are {result.calibration}.", style="dim")
     if plan.per_layer_update:
