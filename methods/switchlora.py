@@ -41,6 +41,7 @@ FACTS = Facts(
 )
 UPDATE = full
 STARTS_DENSE = True
+NOT_WIDE = "it exchanges vectors and clears whatever state has their shape"
 NOT_8BIT = "it zeroes moments vector by vector, which 8-bit blocks are not kept for"
 NOT_PER_LAYER = "a resting vector's gradient is dropped before any tensor is updated"
 CANDIDATES = ("kept", "drawn")
