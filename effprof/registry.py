@@ -215,6 +215,7 @@ class LayerHalf(Protocol):
     # ONLY_OWN_UPDATE: why no other update half goes with the layers
     # NOT_PER_LAYER, NOT_8BIT, NOT_FREEZE_REST, NOT_WIDE: why the method does not go with that flag
     #   (NOT_WIDE: with --master-weights fp32 and --rounding stochastic)
+    # LOCAL_START: why the first update of several processes is not quite that of one
     # STARTS_DENSE: the host passes the model's own initial matrix to ``init``
 
 

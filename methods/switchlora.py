@@ -44,6 +44,7 @@ STARTS_DENSE = True
 NOT_WIDE = "it exchanges vectors and clears whatever state has their shape"
 NOT_8BIT = "it zeroes moments vector by vector, which 8-bit blocks are not kept for"
 NOT_PER_LAYER = "a resting vector's gradient is dropped before any tensor is updated"
+NOT_FSDP = "vectors are exchanged with their candidates after every update, in whole matrices"
 CANDIDATES = ("kept", "drawn")
 _REACHED = 0.3  # of the first frequency, after ``descent`` of the run
 _GAIN = 3**-0.25  # square root of kaiming's gain for a = sqrt 5

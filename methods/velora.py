@@ -41,6 +41,7 @@ FACTS = Facts(
 )
 UPDATE = full
 STARTS_DENSE = True
+LOCAL_START = "its directions come from each process's first rows, then from process 0's"
 KINDS = ("q", "k", "v", "o", "qkv", "gate", "up", "gate_up", "down", "linear")
 
 

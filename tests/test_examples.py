@@ -19,6 +19,7 @@ SAID = {
     "pretrain-on-your-text": ("Validation loss", "run.html", "def main("),
     "own-loop": ("step 99",),
     "hf-trainer": ("updates 60 since the last merge 0",),
+    "multi-gpu-slurm": ("8 GPUs, fsdp", "Communication:", "Validation loss", "Hugging Face folder"),
     "paper": (),
     "add-your-own-method": (
         "signum: Signum",
@@ -28,6 +29,7 @@ SAID = {
         "5 updates",
     ),
 }
+TINY = ("add-your-own-method", "multi-gpu-slurm")
 SMALL = {"STEPS": "5", "SECONDS_EACH": "0"}
 
 
@@ -36,7 +38,7 @@ def test_it_runs(example: str, tmp_path: Path, tiny: str) -> None:
     folder = EXAMPLES / example
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert f"bash examples/{example}/run.sh" in (folder / "README.md").read_text(encoding="utf-8")
-    model = {"MODEL": tiny} if example == "add-your-own-method" else {}
+    model = {"MODEL": tiny} if example in TINY else {}
     done = subprocess.run(
         ["bash", str(folder / "run.sh")],
         capture_output=True,

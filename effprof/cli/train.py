@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from effprof.cli.flags import default_device, plan_from, read_table, refuse, with_plan_flags
 from effprof.errors import UsageError
 from effprof.units import parse_duration
+
+if TYPE_CHECKING:
+    from effprof.trainer.finish import Outcome
 
 NAME = "train"
 EPILOG = """\b
@@ -128,7 +133,9 @@ def command(
         raise UsageError("--resume needs to know which run.", "Add --out with the run's folder.")
     if init_from and not {"model", "config"} & flags.keys():
         flags = {**flags, "model": init_from}
-    plan = plan_from(default_device(flags))
+    from effprof.trainer import launch
+
+    plan = plan_from(default_device(launch.with_gpus(flags)))
     folder = (
         out
         or Path("runs") / f"{plan.architecture.name}-{plan.method}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -152,11 +159,20 @@ def command(
 
     from effprof.trainer.loop import train
 
-    outcome = train(run, resume=resume, force=force)
+    if plan.gpus > 1 and not launch.started():
+        return launch.launch([*sys.argv[1:], *([] if out else ["--out", str(folder)])], plan)
+    with launch.joined(plan) as world:
+        run = dataclasses.replace(run, out=world.same(folder))
+        outcome = train(run, resume=resume or launch.restarted(), force=force)
+        if world.writes:
+            _show(outcome, as_json=as_json)
+    return outcome.exit_code
+
+
+def _show(outcome: Outcome, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(outcome.summary))
+        print(json.dumps(outcome.summary), flush=True)
     else:
         from effprof.report.terminal import show_training
 
         show_training(outcome.summary)
-    return outcome.exit_code

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,17 +58,21 @@ def capture(
 
     On a GPU it only queues the copies: the next update's kernels come after them.
     """
+    native = _whole(native_tensors(model))
+    files = {_FILES[0]: _kept(native, old.files.get(_FILES[0], {}))}
     tensors, table = _flatten(optimizer.state_dict())
     tensors |= {f"rng.{kind}": value for kind, value in _random_states(model).items()}
     document = json.loads(json.dumps({**state, "optimizer": table}))
-    snapshot = Snapshot(document=document)
-    for name, current in zip(_FILES, (native_tensors(model), tensors), strict=True):
-        before = old.files.get(name, {})
-        snapshot.files[name] = {key: _copied(t, before.get(key)) for key, t in current.items()}
+    files[_FILES[1]] = _kept(tensors.items(), old.files.get(_FILES[1], {}))
+    snapshot = Snapshot(files, document)
     if any(t.is_cuda for t in model.parameters()):
         snapshot.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         snapshot.ready.record()
     return snapshot
+
+
+def _kept(tensors: Iterable[tuple[str, Tensor]], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: _copied(tensor, before.get(key)) for key, tensor in tensors}
 
 
 def _copied(tensor: Tensor, before: Tensor | None) -> Tensor:
@@ -213,7 +217,17 @@ def load_native(path: Path, model: nn.Module) -> None:
             f"{str(path)!r} was written by another plan.", "Resume with the run's own run.toml."
         )
     for name, tensor in loaded.items():
-        own[name].copy_(tensor)
+        mine, wanted = _part(own[name], tensor)
+        mine.copy_(wanted)
+
+
+def _part(own: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+    """This process's part of a tensor, and the same part of the whole."""
+    if not hasattr(own, "to_local"):
+        return own, whole
+    from effprof.trainer.sharding import part
+
+    return own.to_local(), part(own, whole)
 
 
 def native_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -221,6 +235,19 @@ def native_tensors(model: nn.Module) -> dict[str, Tensor]:
     persistent = model.state_dict().keys()
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: tensor.detach() for name, tensor in named.items() if name in persistent}
+
+
+def contribute(model: nn.Module, optimizer: MethodOptimizer) -> None:
+    """What a process that writes nothing does while another captures: give its shards."""
+    for _ in _whole(native_tensors(model)):
+        pass
+    optimizer.state_dict()
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors as wholes, one at a time."""
+    for name, tensor in tensors.items():
+        yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,7 +1,4 @@
-"""Several processes: who they are, what DDP and FSDP2 change in an update.
-
-One process per GPU, started by torchrun, which gives each its place in the environment.
-"""
+"""What DDP and FSDP2 change in an update that several processes make together."""
 
 from __future__ import annotations
 
@@ -12,11 +9,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from effprof.errors import EffprofError
 from effprof.plan import Plan
 from effprof.trainer.data import Batch
 from effprof.trainer.optimizer import MethodOptimizer
+from effprof.trainer.step import forward_loss
 
 
 class Engine:
@@ -27,11 +28,21 @@ class Engine:
     def __init__(self, plan: Plan, optimizer: MethodOptimizer, whole: nn.Module) -> None:
         self.plan, self.optimizer, self.module = plan, optimizer, whole
         self.size = dist.get_world_size()
+        self._begun = False
 
-    def shares(self, batches: Sequence[Batch]) -> Sequence[Tensor]:
+    def shares(self, batches: Sequence[Batch], targets: int | None) -> Sequence[float | Tensor]:
         """What each micro-batch's mean loss counts for, so that the update's gradient is that of
-        the mean over every process's targets. No sync with the host.
+        the mean over every process's ``targets``, which are counted where they are not known.
+
+        Raises EffprofError where there are none.
         """
+        if targets is not None:
+            if not targets:
+                raise EffprofError(
+                    "An update's rows hold nothing to predict.",
+                    "Use a longer --seq-len or other --rows.",
+                )
+            return [self.factor * batch.targets / targets for batch in batches]
         own = torch.tensor([float(b.targets) for b in batches], device=batches[0].ids.device)
         total = own.sum()
         dist.all_reduce(total)
@@ -45,7 +56,21 @@ class Engine:
         """After the last backward: what the wrapper did not reduce."""
 
     def updated(self) -> None:
-        """After the update: other tensors may need a gradient now."""
+        """After the update: other tensors may need a gradient now.
+
+        What layers took from their process's own first rows becomes process 0's.
+        """
+        if not self._begun and hasattr(self.plan.halves.layer, "LOCAL_START"):
+            for buffer in self.optimizer.whole.buffers():
+                dist.broadcast(buffer, 0)
+        self._begun = True
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The mean loss of a batch, without a gradient; the same batch on every process."""
+        return forward_loss(self.optimizer.whole.model, batch, self.plan)  # type: ignore[arg-type]
+
+    def evaluated(self) -> None:
+        """After an evaluation."""
 
     def total(self, loss: Tensor) -> Tensor:
         """The update's loss out of every process's part."""
@@ -101,14 +126,31 @@ class Replicas(Engine):
                 self._mean(gradient)
 
     def updated(self) -> None:
+        super().updated()
         self._wrap()
 
 
 class Sharded(Engine):
     """FSDP2: every micro-step's gradients are reduce-scattered, so that none is held whole."""
 
+    def loss(self, batch: Batch) -> Tensor:
+        return cast("Tensor", self.module(batch).loss)
 
-def engine(plan: Plan, model: nn.Module, optimizer: MethodOptimizer) -> Engine | None:
+    def evaluated(self) -> None:
+        cast("FSDPModule", self.module).reshard()  # the root stays gathered until a backward
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as a whole, from every process's part. Called by all of them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def engine(plan: Plan, optimizer: MethodOptimizer) -> Engine | None:
     """What runs a plan's updates on several processes; None on one."""
     if plan.parallel == "none":
         return None

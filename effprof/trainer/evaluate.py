@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,6 +15,9 @@ from effprof.errors import EffprofError
 from effprof.plan import Plan
 from effprof.trainer.data import Batch
 from effprof.trainer.step import forward_loss
+
+if TYPE_CHECKING:
+    from effprof.trainer.distributed import Engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,7 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
     plan: Plan,
+    engine: Engine | None = None,
 ) -> Validation:
     """Loss over validation batches; the model is back in training mode afterwards.
 
@@ -49,12 +54,15 @@ def evaluate(
     try:
         for batch in batches:
             if batch.targets:
-                loss = forward_loss(model, batch, plan).double().item()
+                found = forward_loss(model, batch, plan) if engine is None else engine.loss(batch)
+                loss = found.double().item()
                 total += loss * batch.targets
                 tokens += batch.targets
                 means.append(loss)
     finally:
         model.train()
+        if engine is not None:
+            engine.evaluated()
     if not tokens:
         raise EffprofError(
             "The validation split has nothing to predict.", "Give more text with --data."

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from effprof.trainer.data import Batch
+from effprof.trainer.world import World
 
 _AHEAD = 4  # updates
 
@@ -25,21 +26,31 @@ class Source(Protocol):
 
 @dataclass(slots=True)
 class Drawn:
-    """The micro-batches of one update, the state after them, and the seconds waited for them."""
+    """This process's micro-batches of one update, the state after them, the seconds waited for
+    them; targets and real tokens of all processes' micro-batches.
+    """
 
     batches: list[Batch]
     state: dict[str, Any]
     waited: float
+    targets: int
+    real_tokens: int
 
 
 class Feed:
     """Draws each update's ``count`` micro-batches in a thread, a few updates ahead.
 
+    Every process draws those of all and keeps each ``world.size``-th: however many processes there
+    are, together they use the same rows in the same order.
+
     Its state is that of what was used, not of what was drawn ahead.
     """
 
-    def __init__(self, source: Source, count: int, device: torch.device) -> None:
+    def __init__(
+        self, source: Source, count: int, device: torch.device, world: World | None = None
+    ) -> None:
         self.source, self.count, self.device = source, count, device
+        self.world = world or World()
         self.used = source.state_dict()
         self._thread: threading.Thread | None = None
 
@@ -53,8 +64,10 @@ class Feed:
         if isinstance(found, BaseException):
             self.close()
             raise found
-        batches, self.used = found
-        return Drawn([batch.to(self.device) for batch in batches], self.used, waited)
+        drawn, self.used = found
+        mine = drawn[self.world.rank :: self.world.size]
+        targets, real = sum(b.targets for b in drawn), sum(b.real_tokens for b in drawn)
+        return Drawn([b.to(self.device) for b in mine], self.used, waited, targets, real)
 
     def skip(self) -> None:
         """Draw the next update's micro-batches and leave them out."""
@@ -87,7 +100,8 @@ class Feed:
         while not ended.is_set():
             try:
                 if found is None:
-                    batches = [self.source.next() for _ in range(self.count)]
+                    count = self.count * self.world.size
+                    batches = [self.source.next() for _ in range(count)]
                     if self.device.type == "cuda":
                         batches = [batch.pinned() for batch in batches]
                     found = batches, self.source.state_dict()

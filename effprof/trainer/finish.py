@@ -12,7 +12,7 @@ from effprof.files import write_whole
 from effprof.trainer.adapter import export_adapter, has_adapter
 from effprof.trainer.card import card
 from effprof.trainer.evaluate import Validation
-from effprof.trainer.export import export, has_dense_form
+from effprof.trainer.export import export, has_dense_form, load
 from effprof.trainer.session import Session
 
 if TYPE_CHECKING:
@@ -34,14 +34,11 @@ def outcome(loop: Loop, result: Validation | None) -> Outcome:
     if result is None:
         return Outcome(loop.stop.code, summary)
     if session.world.writes:
-        if has_dense_form(session.model):
-            export(
-                session.model,
-                session.tokenizer,
-                session.plan,
-                out / "model",
-                card(summary, loop.run.steps),
-            )
+        # Shards are put together from the checkpoint, on the host.
+        model = load(out) if session.plan.parallel == "fsdp" else session.model
+        if has_dense_form(model):
+            told = card(summary, loop.run.steps)
+            export(model, session.tokenizer, session.plan, out / "model", told)
         if loop.run.init_from and has_adapter(session.plan):
             export_adapter(session.model, session.plan, loop.run.init_from, out / "adapter")
         write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")

@@ -17,7 +17,7 @@ class Ledger:
 
     def __init__(self, session: Session, live: LiveLine) -> None:
         self.session, self.live = session, live
-        self.log = metrics.Log(session.run.out / "metrics.jsonl")
+        self.log = metrics.Log(session.run.out / "metrics.jsonl", writes=session.world.writes)
         start = session.progress.step
         self.sinks = Sinks(session.run, start, live.note) if session.world.writes else None
         self.waited = 0.0  # seconds without data
@@ -44,7 +44,9 @@ class Ledger:
             "seconds": seconds,
             "memory": session.machine.now(),
             "memory_peak": session.machine.peak(),
-            "mfu": session.machine.mfu(session.expected.flops.dense_equivalent / seconds),
+            "mfu": session.machine.mfu(
+                session.expected.flops.dense_equivalent / seconds / session.world.size
+            ),
         }
         if verdict:
             row["verdict"] = verdict

@@ -13,8 +13,10 @@ from effprof.errors import EffprofError
 from effprof.report.live import LiveLine
 from effprof.trainer import checkpoint, finish, preflight
 from effprof.trainer.data import StreamBatches
+from effprof.trainer.distributed import whole
 from effprof.trainer.evaluate import Validation, evaluate
 from effprof.trainer.finish import Outcome
+from effprof.trainer.launch import world
 from effprof.trainer.ledger import Ledger
 from effprof.trainer.norms import UpdateNorm, gradient_norm
 from effprof.trainer.pending import Pending
@@ -22,7 +24,7 @@ from effprof.trainer.run import Run, open_folder
 from effprof.trainer.saver import Saver
 from effprof.trainer.session import Session
 from effprof.trainer.step import training_step
-from effprof.trainer.stop import Stop
+from effprof.trainer.stop import SharedStop, Stop
 
 EVAL_BATCHES = 64  # of the validation split during a run; the last evaluation takes all of it
 _TRIES = {"stop": 0, "skip": 10, "rollback": 3}  # in a row, before a run gives up
@@ -33,13 +35,20 @@ def train(run: Run, *, resume: bool = False, force: bool = False) -> Outcome:
 
     Raises EffprofError; nothing already written is lost.
     """
-    with Stop(run.time_limit or None) as stop:
+    here = world()
+    with (
+        SharedStop(run.time_limit or None, here)
+        if here.size > 1
+        else Stop(run.time_limit or None) as stop
+    ):
         found = open_folder(run, resume=resume)
+        here.barrier()  # nobody writes before all have looked
         ready = preflight.prepare(run, force=force)
         session = Session(run, ready.device, ready.expected, ready.machine, fresh=found is None)
         if found:
             session.restore(*found)
-            checkpoint.set_aside(run.out, session.progress.step)
+            if here.writes:
+                checkpoint.set_aside(run.out, session.progress.step)
         loop = Loop(session, stop, resumed=found is not None)
         try:
             return loop.go()
@@ -111,6 +120,8 @@ class Loop:
             session.plan,
             before_update=self.before_update,
             scaler=session.scaler,
+            engine=session.engine,
+            targets=drawn.targets,
         )
         if self.update_norm is not None:
             self.numbers["update_norm"] = self.update_norm.end()
@@ -129,9 +140,10 @@ class Loop:
         """Clip; and where bad batches are to be skipped, wait for the numbers that decide it."""
         run, model = self.run, self.session.model
         if run.clip:
-            self.numbers["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), run.clip)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), run.clip)
+            self.numbers["grad_norm"] = whole(norm)
         elif (run.log_norms and not run.plan.per_layer_update) or run.on_nan == "skip":
-            self.numbers["grad_norm"] = gradient_norm(model.parameters())
+            self.numbers["grad_norm"] = whole(gradient_norm(model.parameters()))
         if run.on_nan != "skip":
             return True
         return bool(torch.isfinite(loss) & torch.isfinite(self.numbers["grad_norm"]))
@@ -165,6 +177,7 @@ class Loop:
         if self.run.on_nan == "skip":
             return True  # its update was left out
         self.saver.wait()
+        session.world.barrier()
         found = checkpoint.newest(self.run.out)
         assert found is not None, "one is written before the first update"
         dropped = [*session.progress.dropped, pending.draw]
@@ -199,7 +212,7 @@ class Loop:
         until_signal = itertools.takewhile(lambda batch: not stop.wanted(), drawn)
         watched = self.live.watch("validating", until_signal, total)
         try:
-            result = evaluate(session.model, watched, session.plan)
+            result = evaluate(session.model, watched, session.plan, session.engine)
         except EffprofError:
             if not stop.wanted():
                 raise
@@ -221,6 +234,8 @@ class Loop:
             raise self.diverged(f"A weight is no longer finite at step {step}.")
         if session.world.writes:
             self.saver.save(session.model, session.optimizer, session.state())
+        elif session.plan.parallel == "fsdp":
+            checkpoint.contribute(session.model, session.optimizer)
         self.saved_at = step
         self.tries = 0
         return path

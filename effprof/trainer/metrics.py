@@ -10,18 +10,23 @@ from effprof.files import cannot_write, write_whole
 
 
 class Log:
-    """Appends one JSON object per line, each by a single unbuffered write."""
+    """Appends one JSON object per line, each by a single unbuffered write.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Unless it ``writes`` it leaves the file to another process.
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
         self._file: Any = None
 
     def __enter__(self) -> Log:
-        self._open()
+        if self.writes:
+            self._open()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         self._file = None
 
     def _open(self) -> None:
@@ -32,7 +37,7 @@ class Log:
 
     def cut(self, last_step: int) -> None:
         """Drop rows after ``last_step``: beyond the checkpoint, they will be written again."""
-        if not self.path.exists():
+        if not self.writes or not self.path.exists():
             return
         kept = [row for row in whole_rows(self.path) if json.loads(row)["step"] <= last_step]
         write_whole(self.path, "".join(f"{row}\n" for row in kept))

@@ -451,10 +451,8 @@ class MethodOptimizer(torch.optim.Optimizer):
         self.state.clear()
         for index, values in state_dict["state"].items():
             parameter = parameters[int(index)]
-            self.state[parameter] = {
-                name: value.detach().clone().to(self._home(name, parameter))
-                for name, value in values.items()
-            }
+            placed = {name: self._placed(name, value, parameter) for name, value in values.items()}
+            self.state[parameter] = {n: one for n, one in placed.items() if one is not None}
         for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in loaded.items() if key != "params"})
         self.clock = Clock(**state_dict["clock"])
@@ -466,6 +464,10 @@ class MethodOptimizer(torch.optim.Optimizer):
         self._link_states()
         self._link_torch(self._torch)
         self._activate()
+
+    def _placed(self, name: str, value: Tensor, parameter: nn.Parameter) -> Tensor | None:
+        """A loaded state where it belongs; None where another process keeps it."""
+        return value.detach().clone().to(self._home(name, parameter))
 
     def _check_loaded(self, loaded: dict[str, Any], parameters: list[nn.Parameter]) -> None:
         """Raise UsageError for a state that is another optimizer's."""

@@ -16,7 +16,7 @@ from typing import Any
 from effprof.errors import EffprofError, UsageError, unknown
 from effprof.files import to_toml, write_whole
 from effprof.model import nearest_size
-from effprof.plan import Plan, check_alone, flag
+from effprof.plan import Plan, flag
 from effprof.registry import INTEGERS
 from effprof.step import work_out
 from effprof.trainer import checkpoint, guard, pretrained, schedule, sinks
@@ -107,6 +107,12 @@ def make(plan: Plan, out: Path, given: Mapping[str, Any]) -> Run:
                 f"{flag(name)} must not be negative, not {getattr(run, name)}.",
                 f"Type {flag(name)} 0.",
             )
+    for name in ("log_norms", "init_from"):
+        if plan.parallel == "fsdp" and getattr(run, name):
+            raise UsageError(
+                f"{flag(name)} does not go with --parallel fsdp: it reads whole tensors.",
+                f"Leave {flag(name)} out, or use --parallel ddp.",
+            )
     if run.warmup > run.steps:
         raise UsageError(
             f"--warmup {run.warmup} is longer than the run of {run.steps} steps.",
@@ -156,11 +162,16 @@ def _checked(name: str, value: Any) -> Any:
 
 def _check_plan(plan: Plan, clip: float) -> None:
     """What a plan may say for an estimate and a run cannot do, or would ignore."""
-    check_alone(plan, "training")
     if plan.dtype == "fp16":
         raise UsageError(
             "--dtype fp16 cannot be trained: gradients of fp16 weights are not unscaled.",
             "Use --dtype amp-fp16, which scales the loss.",
+        )
+    if plan.parallel == "fsdp" and plan.compute_dtype == "fp16":
+        raise UsageError(
+            f"--dtype {plan.dtype} does not go with --parallel fsdp: each process would scale its "
+            f"own loss.",
+            "Use --dtype amp-bf16, or --parallel ddp.",
         )
     if plan.dtype == "amp-fp16":
         _check_scaling(plan)
@@ -258,13 +269,17 @@ def _say_damaged(path: Path) -> None:
     sys.stderr.write(f"Warning: {path} is damaged and was passed over.\n")
 
 
+# How many processes share an update's rows, and how: the same --global-batch is the same update.
+_MAY_DIFFER = ("gpus", "grad_accum", "parallel")
+
+
 def _check_same(run: Run, before: Mapping[str, Any]) -> None:
     """A resumed run must be the run that was, in everything that decides its losses."""
     wanted = json.loads(json.dumps(run.identity()))
     for table, values in wanted.items():
         for key, value in values.items():
             old = before[table].get(key)
-            if old != value:
+            if old != value and key not in _MAY_DIFFER:
                 raise UsageError(
                     f"{str(run.out)!r} was started with {key} = {old!r}, not {value!r}.",
                     f"Type --config {run.out / 'run.toml'} --out {run.out} --resume.",

@@ -18,13 +18,14 @@ from effprof.trainer import checkpoint, schedule
 from effprof.trainer.build import build
 from effprof.trainer.corpus import FileCorpus, ShardCorpus, corpus
 from effprof.trainer.data import Batches, Rows, StreamBatches, rows
+from effprof.trainer.distributed import engine, local
 from effprof.trainer.feed import Drawn, Feed, Source
 from effprof.trainer.guard import Guard
+from effprof.trainer.launch import world
 from effprof.trainer.optimizer import MethodOptimizer
 from effprof.trainer.pretrained import load_pretrained
 from effprof.trainer.run import Run
 from effprof.trainer.tokenizer import tokenizer
-from effprof.trainer.world import World
 
 _HOST = torch.device("cpu")
 
@@ -58,24 +59,26 @@ class Session:
     ) -> None:
         self.run, self.plan, self.device = run, run.plan, device
         self.expected, self.machine = expected, machine
-        self.world = World()
+        self.world = world()
         texts = corpus(run.data, stream=run.stream)
         self.fingerprint = texts.fingerprint()
         self.local = isinstance(texts, FileCorpus | ShardCorpus)
         kept = run.out / "tokenizer"  # ids mean what they meant, whatever becomes of the data
-        self.tokenizer = tokenizer(
-            texts, self.plan.architecture.vocab, str(kept) if kept.is_dir() else run.tokenizer
-        )
+        with self.world.first():
+            self.tokenizer = tokenizer(
+                texts, self.plan.architecture.vocab, str(kept) if kept.is_dir() else run.tokenizer
+            )
         source: Source
         self.validation: Rows | StreamBatches
         if isinstance(texts, FileCorpus):
-            train_rows = rows(texts, self.tokenizer, self.plan, "train")
+            with self.world.first():
+                train_rows = rows(texts, self.tokenizer, self.plan, "train")
+                self.validation = rows(texts, self.tokenizer, self.plan, "validation")
             source = Batches(train_rows, self.plan, run.seed, _HOST)
-            self.validation = rows(texts, self.tokenizer, self.plan, "validation")
         else:
             source = StreamBatches(texts, self.tokenizer, self.plan, "train", _HOST)
             self.validation = StreamBatches(texts, self.tokenizer, self.plan, "validation", device)
-        self.feed = Feed(source, self.plan.grad_accum, device)
+        self.feed = Feed(source, self.plan.grad_accum, device, self.world)
         machine.begin()
         self.model: nn.Module
         self.optimizer: MethodOptimizer
@@ -83,6 +86,7 @@ class Session:
         self.optimizer.clock.total_updates = run.steps
         if run.init_from and fresh:
             load_pretrained(run.init_from, self.model, run.seed)
+        self.engine = engine(self.plan, self.optimizer)
         if self.world.writes:
             run.write()  # nothing is written for what cannot be trained
             if not kept.is_dir():
@@ -115,7 +119,7 @@ class Session:
         self.progress.step += 1
         self.progress.validation_loss = None
         self.progress.tokens += self.plan.global_batch * self.plan.seq_len
-        self.progress.real_tokens += sum(batch.real_tokens for batch in drawn.batches)
+        self.progress.real_tokens += drawn.real_tokens
 
     def validated(self, loss: float) -> None:
         """Remember a validation loss of the weights as they are."""
@@ -156,8 +160,9 @@ class Session:
 
     def finite(self) -> bool:
         """Whether every weight is a number."""
-        sizes = [p.detach() for p in self.model.parameters() if p.is_floating_point()]
-        return bool(torch.stack([one.isfinite().all() for one in sizes]).all())
+        found = [local(p.detach()) for p in self.model.parameters() if p.is_floating_point()]
+        lost = not bool(torch.stack([one.isfinite().all() for one in found]).all())
+        return not any(self.world.most(lost))
 
     def close(self) -> None:
         self.feed.close()

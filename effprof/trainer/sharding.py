@@ -145,6 +145,56 @@ class ShardedOptimizer(MethodOptimizer):
         for group, (age, memory) in zip(groups, told[0], strict=True):
             group.age, group.memory = age, memory
 
+    def state_dict(self) -> dict[str, Any]:
+        """As of one process: every state whole. Called by all of them; rank 0 alone has all."""
+        found = super().state_dict()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        index = {parameter: number for number, parameter in enumerate(parameters)}
+        state: dict[int, dict[str, Tensor]] = {}
+        for cell in self._distinct:
+            held = self._whole_state(cell)
+            if held:
+                state[index[cell.first]] = held
+        return {**found, "state": dict(sorted(state.items()))}
+
+    def _whole_state(self, cell: Cell) -> dict[str, Tensor]:
+        """A cell's states as wholes: shards put together, an owner's sent to rank 0."""
+        if cell.trained.hosted:
+            state = self.state.get(cell.first, {})
+            return {
+                n: _host(t.full_tensor() if isinstance(t, DTensor) else t) for n, t in state.items()
+            }
+        owner, group = self._owner[id(cell.group)], cell.group
+        told = [([(n, tuple(t.shape), t.dtype) for n, t in group.state.items()], group.memory)]
+        dist.broadcast_object_list(told, owner)
+        held, group.memory = {}, told[0][1]
+        for name, shape, dtype in told[0][0]:
+            if self._rank == owner:
+                tensor = group.state[name]
+            else:
+                tensor = torch.empty(shape, dtype=dtype, device=cell.first.device)
+            dist.broadcast(tensor, owner)
+            held[name] = _host(tensor)
+        return held
+
+    def _placed(self, name: str, value: Tensor, parameter: nn.Parameter) -> Tensor | None:
+        cell = self._cells[parameter]
+        if not cell.trained.hosted:
+            mine = self._owner[id(cell.group)] == self._rank
+            return super()._placed(name, value, parameter) if mine else None
+        if not value.shape:
+            return super()._placed(name, value, parameter)
+        assert isinstance(parameter, DTensor)
+        shard = part(parameter, value).clone().to(parameter.device)
+        return DTensor.from_local(
+            shard,
+            parameter.device_mesh,
+            parameter.placements,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+            run_check=False,
+        )
+
     def _has_gradients(self, cell: Cell) -> bool:
         return all(parameter.grad is not None for parameter in cell.parameters)
 
@@ -180,6 +230,17 @@ class _Whole:
 
 def _sharded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: one for name, one in tensors.items() if isinstance(one, DTensor)}
+
+
+def _host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def part(sharded: Tensor, whole: Tensor) -> Tensor:
+    """This process's rows of a whole tensor, as ``sharded`` is cut."""
+    assert isinstance(sharded, DTensor)
+    rows = rows_held(whole.shape[0], dist.get_world_size())
+    return whole[dist.get_rank() * rows :][: len(sharded.to_local())]
 
 
 def _gather(sharded: Tensor, owner: int) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -33,6 +34,7 @@ def training_step(
     on_phase: Callable[[str], None] = lambda phase: None,
     run: MicroStep | None = None,
     engine: Engine | None = None,
+    targets: int | None = None,
 ) -> Tensor:
     """One optimizer update.
 
@@ -42,10 +44,11 @@ def training_step(
     ``before_update`` is called with the loss when all gradients are there (unscaled where a
     ``scaler`` scaled the loss), and says whether to update. ``on_phase`` is told forward, backward
     and update as they begin. ``run`` stands in for ``micro_step``; ``engine`` is there where
-    several processes make the update, each with micro-batches of its own.
+    several processes make the update, each with micro-batches of its own, which have ``targets``
+    together.
     """
     if engine is not None:
-        loss = _on_several(engine, model, micro_batches, plan, on_phase, scaler)
+        loss = _on_several(engine, model, micro_batches, targets, plan, on_phase, scaler)
         _update(loss, optimizer, plan, before_update, scaler, on_phase)
         engine.updated()
         return loss
@@ -70,18 +73,29 @@ def _on_several(
     engine: Engine,
     model: nn.Module,
     batches: Sequence[Batch],
+    targets: int | None,
     plan: Plan,
     on_phase: Callable[[str], None],
     scaler: torch.amp.GradScaler | None,
 ) -> Tensor:
     """Every process's micro-steps, weighed by the targets of all of them."""
     losses = []
-    shares = engine.shares(batches)
+    shares = engine.shares(batches, targets)
+    batches = [batch if batch.targets else _with_a_target(batch) for batch in batches]
     for number, (batch, share) in enumerate(zip(batches, shares, strict=True), 1):
         with engine.micro_step(last=number == len(batches)):
             losses.append(micro_step(model, batch, plan, share, on_phase, scaler, engine.module))
     engine.reduced()
     return engine.total(sum(losses[1:], losses[0]))
+
+
+def _with_a_target(batch: Batch) -> Batch:
+    """A micro-batch with nothing to predict, whose share is 0, made such that its loss is a number:
+    this process must not leave the others alone.
+    """
+    labels = batch.labels.clone()
+    labels[0, 1] = batch.ids[0, 1]
+    return dataclasses.replace(batch, labels=labels)
 
 
 def _update(

@@ -7,6 +7,8 @@ import time
 from types import FrameType
 from typing import Any
 
+from effprof.trainer.world import World
+
 _SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
 
 
@@ -42,3 +44,24 @@ class Stop:
     def late(self, needed: float = 0.0) -> bool:
         """Whether less than ``needed`` seconds are left."""
         return self._ends is not None and time.monotonic() + needed >= self._ends
+
+
+class SharedStop(Stop):
+    """A ``Stop`` that every process of a run takes at the same step, whichever had the signal.
+
+    ``code`` is what all have agreed on when they last asked.
+    """
+
+    def __init__(self, limit: float | None, world: World) -> None:
+        super().__init__(limit)
+        self._world, self._noted = world, 0
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._noted = _SIGNALS[signal.Signals(number)]
+        self.__exit__()
+
+    def wanted(self, needed: float = 0.0) -> bool:
+        """Whether any process is to stop now. Called by all of them."""
+        code, late = self._world.most(self._noted, self.late(needed))
+        self.code = int(code)
+        return bool(code or late)
