@@ -152,7 +152,7 @@ def _checked(name: str, value: Any) -> Any:
     elif name in _SWITCHES:
         good = isinstance(value, bool)
     else:
-        good = isinstance(value, str) and value != ""
+        good = isinstance(value, str) and (value != "" or name == "log")  # as run.toml writes none
     if not good:
         kind = "whole number" if name in _WHOLE else "number" if name in _REAL else "text"
         kind = "true or false" if name in _SWITCHES else kind
