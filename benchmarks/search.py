@@ -27,8 +27,8 @@ UPDATES = ["full", "galore", "fira", "apollo", "spam", "stable-spam", "muon", "a
 UPDATES += ["adafactor", "came", "scale-sgd"]
 SPACES: dict[str, tuple[dict[str, Any], list[str], tuple[int, ...]]] = {
     "as asked": ({}, [], ()),
-    "100,000": ({"global_batch": 5040}, UPDATES, tuple(range(64, 1025, 32))),
-    "1,000,000": ({"global_batch": 5040}, UPDATES, tuple(range(8, 1025, 4))),
+    "100,000": ({"global_batch": 5040}, UPDATES, tuple(range(64, 1025, 48))),
+    "1,000,000": ({"global_batch": 5040}, UPDATES, tuple(range(8, 1025, 5))),
 }
 MODELS = ("60m", "130m", "350m", "1b")
 

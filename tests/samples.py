@@ -55,6 +55,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "recommend": (
         "--model 60m --gpu rtx-4090 --methods full,scale-sgd --global-batch 8 --tokens 1.3B "
         "--objective cost --price-per-hour 0.4",
+        "--model 60m --gpu mem=24GB --methods full --global-batch 8",
         "--model 7b --gpu mem=4GB --methods full,scale-sgd --global-batch 8",
     ),
     "report": ("{folder}/one --out {folder}/page.html",),

@@ -97,8 +97,8 @@ def test_rollback_goes_on_without_the_batch(
     monkeypatch.undo()
     session = loop.Session.__init__
 
-    def without(self: Any, *arguments: Any) -> None:
-        session(self, *arguments)
+    def without(self: Any, *arguments: Any, **named: Any) -> None:
+        session(self, *arguments, **named)
         self.progress.dropped = [7]
 
     monkeypatch.setattr(loop.Session, "__init__", without)

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import CONFIGS, TINY
+from conftest import CONFIGS
+from samples import TINY
 
 from effprof.errors import UsageError
 from effprof.model import architecture, from_config, presets

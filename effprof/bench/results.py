@@ -62,11 +62,11 @@ def summarize(spec: Spec, rows: Sequence[Mapping[str, Any]]) -> list[Line]:
         _line(spec, arm, [row for row in rows if row["arm"] == arm.label]) for arm in spec.arms
     ]
     full = {
-        one.arm.plan.architecture.name: one
+        one.arm.plan.model: one
         for one in reversed(lines)
         if one.arm.plan.method == registry.default() and one.arm.plan.update == registry.default()
     }
-    done = [_against(one, full.get(one.arm.plan.architecture.name)) for one in lines]
+    done = [_against(one, full.get(one.arm.plan.model)) for one in lines]
     return sorted(done, key=lambda one: (one.perplexity is None, one.perplexity or 0.0))
 
 

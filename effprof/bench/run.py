@@ -87,8 +87,10 @@ class Bench:
             if self.code or trial.process.returncode in (-signal.SIGTERM, 130, 143):
                 self.study.release(trial.claim)
                 continue
-            row = trial.row(keep=self.options.keep)
+            row = trial.row()
             self.study.finish(trial.claim, row)
+            if not self.options.keep:
+                trial.clean()
             self.took.append(time.monotonic() - trial.began)
             rows = self.study.rows()
             write_results(self.study.folder, rows)

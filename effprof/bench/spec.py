@@ -110,7 +110,12 @@ def parse(document: Mapping[str, Any], base: Path = Path(), device: str = "") ->
     for name in ("seed", "lr"):
         if name in train:
             raise UsageError(f"[train] {name} has no effect on a bench.", f"See {name} in [bench].")
-    for key in ("data", "tokenizer"):
+    if "time_limit" in train:
+        raise UsageError(
+            "[train] time_limit would leave trials unfinished.",
+            "Leave it out: a bench that is stopped goes on where it was.",
+        )
+    for key in ("data", "tokenizer", "init_from"):
         if key in train:
             train[key] = _here(train[key], base)
     drafts = [*_crossed(document, bench), *_named(document, bench)]

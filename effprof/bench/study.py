@@ -219,10 +219,12 @@ class Study:
         return Claim(arm, number, lr, seed, folder, lock)
 
     def _trials(self, arm: Arm) -> list[FrozenTrial]:
-        """An arm's trials, without those that were tried again."""
+        """An arm's trials, without those that were tried again and those that a kill left without
+        a learning rate.
+        """
         trials = self._studies[arm.label].trials
         replaced = {one.user_attrs.get(_AGAIN) for one in trials}
-        return [one for one in trials if one.number not in replaced]
+        return [one for one in trials if one.number not in replaced and "lr" in one.params]
 
     def _note(self, arm: Arm, number: int, key: str, value: Any) -> None:
         study = self._storage.get_study_id_from_name(arm.label)

@@ -53,7 +53,7 @@ class Trial:
                 preexec_fn=functools.partial(_end_with, os.getpid()),
             )
 
-    def row(self, *, keep: bool) -> dict[str, Any]:
+    def row(self) -> dict[str, Any]:
         """The trial's result, once its process has ended; its checkpoints go unless kept."""
         found = self._described() | {"code": code_digest()}
         log = (self.claim.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
@@ -74,10 +74,12 @@ class Trial:
             found |= {"state": "diverged", "reason": "".join(told) or tail}
         else:
             found |= {"state": "failed", "reason": f"exit {code}: {''.join(told) or tail}"}
-        if not keep:
-            for path in (*self.run.glob("checkpoint-*"), self.run / "model"):
-                shutil.rmtree(path, ignore_errors=True)
         return found
+
+    def clean(self) -> None:
+        """Free the disk: nothing of a run whose row is kept is needed again."""
+        for path in (*self.run.glob("checkpoint-*"), self.run / "model"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def _described(self) -> dict[str, Any]:
         """What the trial was, and what an estimate says of it: bytes."""
@@ -91,7 +93,9 @@ class Trial:
             "method": plan.method,
             "update": plan.update,
             "rank": plan.rank,
-            "settings": json.dumps({"layer": dict(plan.settings), **dict(plan.update_settings)}),
+            "settings": json.dumps(
+                {"settings": dict(plan.settings), "update_settings": dict(plan.update_settings)}
+            ),
             "lr": claim.lr,
             "seed": claim.seed,
             **dict.fromkeys(("loss", "perplexity", "lineage_loss", "validation_tokens")),

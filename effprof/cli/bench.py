@@ -97,6 +97,12 @@ def command(
     if against not in (None, "published"):
         raise unknown("--against value", str(against), ("published",))
     if curves or run:
+        others: dict[str, Any] = {"spec": spec, "out": out, "methods": methods, "against": against}
+        others |= {**flags, "dry_run": dry_run, "summary": summary, "json": as_json}
+        for name in (key for key, value in others.items() if value):
+            raise UsageError(
+                f"--{name} has no effect on --curves.".replace("_", "-"), "Leave it out."
+            )
         return _draw_curves(curves, run or [])
     listed = {"methods": methods, "ranks": ranks, "lrs": lrs, "lr_factors": lr_factors}
     single = {"search": search, "trials": trials, "seeds": seeds, "steps": steps, "data": data}

@@ -84,7 +84,7 @@ def _plan_flags(
     device: Annotated[str | None, option("cuda or cpu.")] = None,
     gpu: Annotated[str | None, option("A card's name, or mem=24GB.")] = None,
     gpus: Annotated[int | None, option("Number of GPUs. [1]")] = None,
-    parallel: Annotated[str | None, option("none. [none]")] = None,
+    parallel: Annotated[str | None, option("ddp or fsdp, with --gpus. [ddp]")] = None,
     tokens: Annotated[str | None, option("Positions of the whole run, such as 13.1B.")] = None,
     config: Annotated[Path | None, option("A run.toml with these names.")] = None,
 ) -> None: ...

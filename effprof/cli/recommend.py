@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,6 +54,7 @@ def command(
     """The plan to train with, why, and what would change the answer; exit 3 when nothing fits."""
     from effprof.recommender.choice import OBJECTIVES, Limits
     from effprof.recommender.recommend import recommend
+    from effprof.report.live import progress
 
     if objective not in OBJECTIVES:
         raise unknown("--objective", objective, OBJECTIVES)
@@ -70,6 +69,10 @@ def command(
         from effprof.trainer.build import resolve_device
 
         resolve_device(str(space.values.get("device", "cuda")))
+    if price_per_hour is not None and "tokens" not in space.values:
+        raise UsageError(
+            "--price-per-hour has no effect without --tokens.", "Add for example --tokens 13.1B."
+        )
     if objective == "cost" and price_per_hour is None:
         raise UsageError("--objective cost needs a price.", "Add --price-per-hour 1.99.")
     found = recommend(
@@ -80,7 +83,7 @@ def command(
         objective=objective,
         price=price_per_hour,
         lineage=_lineage(lineage),
-        told=_progress(),
+        told=progress("ways to train"),
     )  # fmt: skip
     document = found.as_dict()
     if found.best is not None:
@@ -103,11 +106,14 @@ def _space(
 ) -> Space:
     """The plans that are left open. Raises UsageError for a flag that would do nothing."""
     from effprof import registry
+    from effprof.plan import from_dict
     from effprof.recommender.compare import methods_of, ranks_of
     from effprof.recommender.space import Space
 
     refuse(flags, ("optimizer_impl",), "recommend: the fastest that a method has is taken")
+    refuse(flags, ("attention_mask",), "recommend: what it recommends is to be trained here")
     values = plan_values(flags)
+    from_dict({key: values[key] for key in ("model",) if key in values})  # its own error first
     if "method" in values and methods is not None:
         raise UsageError("--method and --methods both name methods.", "Give one of them.")
     if "rank" in values and ranks is not None:
@@ -120,12 +126,14 @@ def _space(
         key, separator, text = one.partition("=")
         if not separator or not text:
             raise UsageError(f"--vary {one!r} is not key=a,b.", "Type --vary refresh=100,200.")
+        if key == "rank":
+            raise UsageError("--vary rank is --ranks.", f"Type --ranks {text}.")
         if not any(key in registry.setting_fields(registry.method(n).addressed) for n in names):
             raise UsageError(
                 f"--vary {key} has no effect: none of these methods has it.",
                 "`effprof methods NAME` lists a method's settings.",
             )
-        tried[key] = text.split(",")
+        tried.setdefault(key, []).extend(text.split(","))
     named = methods not in (None, "all") or len(names) == 1
     return Space(values, names, ranks_of(ranks) if ranks else (), tried, named)
 
@@ -153,7 +161,7 @@ def _card(space: Space, max_memory: str | None) -> tuple[Gpu, int]:
         raise NoDeviceError(
             "For which card? No GPU is here.", "Add for example --gpu rtx-4090, or --gpu mem=24GB."
         )
-    card = (found or gpus.gpu(f"mem={given}B")).calibrated()
+    card = (found or gpus.Gpu("", "a card of that memory", given or 0)).calibrated()
     return card, min(card.memory, given or card.memory)
 
 
@@ -194,28 +202,17 @@ def _check(margin: float, *limits: float | None) -> None:
 
 def _validated(found: Recommendation, wanted: int, *, as_json: bool) -> int:
     """Probe the best of the Pareto set and order them by what was measured."""
+    from effprof.recommender import last
     from effprof.recommender.measured import measured
     from effprof.report.recommend import show_measured
 
     result = measured(found, wanted)
+    document = found.as_dict() | {"measured": result.as_dict()}
+    if result.best is not None:
+        document["plan"] = result.best.choice.estimate.plan.as_dict()
+        last.keep(document)
     if as_json:
-        print(json.dumps(found.as_dict() | {"measured": result.as_dict()}))
+        print(json.dumps(document))
     else:
         show_measured(found, result)
     return 0 if result.best is not None else 3
-
-
-def _progress() -> Any:
-    """Says how long the search will take, once that is more than two seconds."""
-    began, last = time.monotonic(), [0.0]
-
-    def told(done: int, total: int) -> None:
-        passed = time.monotonic() - began
-        if done and passed - last[0] > 1 and passed / done * total > 2 and sys.stderr.isatty():
-            last[0] = passed
-            left = passed / done * (total - done)
-            sys.stderr.write(f"\r{done} of {total} ways to train, about {left:.0f} s left   ")
-        if sys.stderr.isatty() and done + 1 == total and last[0]:
-            sys.stderr.write("\r" + " " * 60 + "\r")
-
-    return told

@@ -135,6 +135,10 @@ def command(
         flags = {**flags, "model": init_from}
     from effprof.trainer import launch
 
+    if launch.started() and out is None:
+        raise UsageError(
+            "A run that torchrun may start again needs its folder's name.", "Add --out runs/name."
+        )
     plan = plan_from(default_device(launch.with_gpus(flags)))
     folder = (
         out

@@ -17,9 +17,10 @@ from effprof.recommender.search import Found, Numbers
 
 OBJECTIVES = ("quality", "time", "memory", "cost")
 # Reserved bytes over the search's peak_allocated: above every plan of benchmarks/search.py.
-RESERVED = {"default": 1.6, "expandable": 1.4}
+RESERVED = {"default": 1.8, "expandable": 1.8}
 _REPLAYS = 24  # of one recipe, before its next plan that certainly fits is taken
 _SHOWN = 12
+_CLOSE = 4  # plans of nearly the least memory, of which the exact least is taken
 
 Rows = npt.NDArray[np.int64]
 
@@ -63,7 +64,7 @@ class Chooser:
         self.found, self.card, self.limits = found, card, limits
         self.objective, self.price, self.lineage = objective, price, lineage
         bound = np.array([RESERVED.get(one.allocator, RESERVED["default"]) for one in found.forms])
-        outside = card.outside(found.space.gpus)
+        outside = 0 if found.space.on_cpu else card.outside(found.space.gpus)
         self.least = found.memory + outside  # of the process: nothing but what is allocated
         self.most = found.memory * bound[found.form] + outside
         self.allowed = self._allowed()
@@ -79,7 +80,8 @@ class Chooser:
         if limits.perplexity is not None:
             allowed &= found.perplexity <= limits.perplexity
         tokens = self.found.space.values.get("tokens")
-        for name, value in (("max-hours", limits.hours), ("cost", self.objective == "cost")):
+        asked = (("max-hours", limits.hours), ("objective cost", self.objective == "cost"))
+        for name, value in asked:
             if value and not tokens:
                 raise UsageError(f"--{name} needs a run's length.", "Add --tokens 13.1B.")
         if np.isnan(found.seconds).all() and (
@@ -97,17 +99,29 @@ class Chooser:
         return allowed
 
     def order(self, rows: Rows) -> Rows:
-        """Best first. Under any objective updates have the rows asked for before fewer."""
+        """Best first. Under any objective updates with the rows asked for come before those with
+        fewer: perplexities are published of theirs.
+        """
         found = self.found
         perplexity = np.nan_to_num(found.perplexity[rows], nan=np.inf)
-        seconds = np.nan_to_num(found.seconds[rows], nan=np.inf)
+        seconds = np.where(np.isnan(found.seconds[rows]), self._effort(rows), found.seconds[rows])
         memory, fewer = found.memory[rows], ~found.own_batch[rows]
         keys = {
-            "quality": (memory, seconds, fewer, perplexity),
-            "memory": (seconds, fewer, perplexity, memory),
+            "quality": (memory, seconds, perplexity, fewer),
+            "memory": (seconds, perplexity, memory, fewer),
         }
-        by_time = (memory, perplexity, fewer, seconds)
+        by_time = (memory, perplexity, seconds, fewer)
         return rows[np.lexsort(keys.get(self.objective, by_time))]
+
+    def _effort(self, rows: Rows) -> Numbers:
+        """What stands for a time that is not known: a forward again is a third more, and small
+        micro-batches are slower.
+        """
+        forms = self.found.forms
+        work = np.array([4 / 3 if one.checkpointing == "full" else 1.0 for one in forms])
+        work += np.array([1 / one.micro_batch for one in forms])
+        effort: Numbers = work[self.found.form[rows]]
+        return effort
 
     def estimate(self, row: int) -> Estimate:
         """The exact one, worked out once."""
@@ -120,13 +134,25 @@ class Chooser:
         """The best of these rows whose exact estimate fits; those that may are replayed."""
         ordered = self.order(rows[self.least[rows] <= self.limits.memory])
         surely = self.most[ordered] <= self.limits.memory
+        fitting = []
         for tried, row in enumerate(ordered.tolist()):
             if tried >= _REPLAYS and not surely[tried]:
                 continue
             exact = self.estimate(row)
-            if exact.total <= self.limits.memory:
-                return Choice(row, exact)
-        return None
+            if exact.total <= self.limits.memory and self._in_time(exact):
+                fitting.append(Choice(row, exact))
+                if self.objective != "memory" or len(fitting) == _CLOSE:
+                    break
+        return min(fitting, key=lambda one: one.total) if fitting else None
+
+    def _in_time(self, exact: Estimate) -> bool:
+        """Whether the exact time keeps the limits, too."""
+        limits, took = self.limits, exact.time
+        if took is None:
+            return limits.hours is None and limits.tokens_per_second is None
+        slow = limits.hours is not None and (took.run or 0.0) > limits.hours * 3600
+        rate = took.positions / took.update
+        return not slow and rate >= (limits.tokens_per_second or 0.0)
 
     def recipes(self, rows: Rows) -> Iterator[Rows]:
         """The rows of each recipe."""
@@ -157,7 +183,9 @@ class Chooser:
                 chosen.append(best)
             if len(chosen) == _SHOWN:
                 break
-        return chosen
+        numbers = np.array([_numbers(one) for one in chosen])
+        kept = _front(np.arange(len(chosen)), numbers) if len(chosen) else ()
+        return [chosen[at] for at in kept]
 
     def feasible(self, rows: Rows) -> list[int]:
         """The candidates of which some plan fits, by their number. Where none surely does the
@@ -174,13 +202,23 @@ class Chooser:
                 fitting.append(number)
         return fitting
 
-    def nearest(self, rows: Rows, best: Numbers | float) -> Choice | None:
-        """The plan of a lower perplexity than ``best`` that lacks least memory."""
-        better = rows[(self.found.perplexity[rows] < best) & self.found.own_batch[rows]]
-        if not len(better):
+    def nearest(self, rows: Rows, best: int) -> Choice | None:
+        """The plan that would be chosen before ``best`` (by quality) and lacks least memory."""
+        found = self.found
+        own = found.own_batch[best]
+        perplexity = np.nan_to_num(found.perplexity[best], nan=np.inf)
+        better = found.perplexity[rows] < perplexity
+        rows = rows[better & found.own_batch[rows] if own else better | found.own_batch[rows]]
+        if self.objective != "quality" or not len(rows):
             return None
-        row = int(better[np.argmin(self.least[better])])
+        row = int(rows[np.argmin(self.least[rows])])
         return Choice(row, self.estimate(row))
+
+
+def _numbers(one: Choice) -> tuple[float, float, float]:
+    known, took = one.estimate.quality, one.estimate.time
+    seconds = took.update / took.positions if took else np.nan
+    return (known.perplexity if known else np.nan, seconds, float(one.total))
 
 
 def _front(rows: Rows, columns: Numbers) -> Rows:

@@ -66,7 +66,11 @@ def measured(found: Recommendation, wanted: int) -> Measured:
     ]
     results = validate(plans, Habits(), on_result=_tell).results
     tried = [Tried(*pair) for pair in zip(choices, results, strict=True)]
-    return Measured(tuple(sorted(tried, key=lambda one: (not one.fits, _key(one, found)))))
+    place = {one.row: number for number, one in enumerate(choices)}
+    ordered = sorted(
+        tried, key=lambda one: (not one.fits, *_key(one, found.objective, place[one.choice.row]))
+    )
+    return Measured(tuple(ordered))
 
 
 def _tell(result: Comparison, left: float) -> None:
@@ -77,11 +81,10 @@ def _tell(result: Comparison, left: float) -> None:
     line(f"{result.plan.method}: {result.verdict}{more}")
 
 
-def _key(one: Tried, found: Recommendation) -> tuple[float, ...]:
-    known = one.choice.estimate.quality
-    perplexity = known.perplexity if known else float("inf")
+def _key(one: Tried, objective: str, place: int) -> tuple[float, ...]:
+    """By quality nothing was measured but whether it fits: the order stays."""
+    if objective == "quality":
+        return (place,)
     seconds = float("inf") if one.seconds is None else one.seconds
     memory = float(one.result.need or one.choice.total)
-    if found.objective == "quality":
-        return (perplexity, seconds, memory)
-    return (memory, perplexity, seconds) if found.objective == "memory" else (seconds, perplexity)
+    return (memory, seconds) if objective == "memory" else (seconds, memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,6 +104,8 @@ def _row(choice: Choice | None, limits: Limits) -> dict[str, Any] | None:
         return None
     spare = limits.memory - choice.total
     own = Row(choice.estimate).as_dict() | {"fits": spare >= 0, "headroom": spare}
+    time, price = choice.estimate.time, choice.estimate.price
+    own |= {"run_cost": None if time is None else time.cost(price)}
     return own | {"plan": choice.estimate.plan.as_dict()}
 
 
@@ -123,6 +126,11 @@ def recommend(
     """
     began, named = time.perf_counter(), space.named
     every = candidates(space, lineage)
+    if every.borrowed and limits.perplexity is not None:
+        raise UsageError(
+            "--max-perplexity cannot be kept: nothing is published of a run like this.",
+            "Leave it out.",
+        )
     for tried in (every.first, [*every.first, *every.others]):
         found = search(space, tried, card, told)
         chooser = Chooser(found, card, limits, objective, price, every.lineage)
@@ -138,8 +146,7 @@ def recommend(
     if best is None:
         closest, ways, problem = _nothing(chooser, rows, space, card, limits)
     else:
-        own = found.perplexity[best.row]
-        nearest = chooser.nearest(known, np.inf if np.isnan(own) else own)
+        nearest = chooser.nearest(known, best.row)
     pareto = chooser.pareto(known if len(known) and not named else rows) if best else []
     return Recommendation(
         space,
@@ -194,11 +201,16 @@ def _nothing(
             remedies(space, chooser.found.plan(smallest), card, limits),
             unlike(closest, card, limits),
         )
+    chooser.limits = dataclasses.replace(limits, hours=None, tokens_per_second=None)
     fitting = chooser.fitting(every)
-    assert fitting is not None
-    if not len(rows):
-        kept = "--max-hours, --min-tokens-per-second and --max-perplexity"
-        return fitting, [], f"Plans fit into memory, but none keeps {kept} as well."
-    raise UsageError(
-        "No plan keeps every limit at once.", "Loosen --max-hours or --min-tokens-per-second."
-    )
+    given = [name for name, value in vars(limits).items() if value is not None]
+    kept = " and ".join(_FLAGS[name] for name in given if name in _FLAGS)
+    told = f"Plans fit into memory, but none of them keeps {kept}."
+    return fitting or closest, [], told
+
+
+_FLAGS = {
+    "hours": "--max-hours",
+    "tokens_per_second": "--min-tokens-per-second",
+    "perplexity": "--max-perplexity",
+}

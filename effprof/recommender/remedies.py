@@ -14,7 +14,6 @@ from effprof.model import architecture, presets
 from effprof.plan import Plan, from_dict
 from effprof.recommender.choice import Limits
 from effprof.recommender.space import Space
-from effprof.units import gib
 
 _LENGTHS = (2, 4, 8)  # what a row's length is divided by
 _CARDS = (2, 4, 8)
@@ -79,8 +78,3 @@ def _first(
         if total <= limits.memory:
             return Remedy(spelled(change), total)
     return None
-
-
-def told(remedy: Remedy) -> str:
-    """One line for people."""
-    return f"{remedy.flag}: {gib(remedy.total, 1)}"

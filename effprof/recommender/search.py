@@ -86,6 +86,7 @@ def search(
     for done, candidate in enumerate(candidates):
         told(done, len(candidates))
         run.add(done, candidate)
+    told(len(candidates), len(candidates))
     if not run.rows:
         raise UsageError("No plan takes these flags.", "Leave some of them out.")
     index, form, sizes, seconds = (np.concatenate(column) for column in zip(*run.rows, strict=True))

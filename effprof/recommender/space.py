@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,13 +50,13 @@ class Space:
         given = self.values.get("global_batch")
         if given:
             return int(given)
-        rows = int(self.values.get("micro_batch", 1)) * self.gpus
-        if "grad_accum" in self.values:
-            return rows * int(self.values["grad_accum"])
-        if "micro_batch" in self.values:
+        named = [self.values[key] for key in ("micro_batch", "grad_accum") if key in self.values]
+        rows = math.prod(map(int, named)) * self.gpus
+        if len(named) == 2:
             return rows
+        # A power of two, which every micro-batch divides that is one.
         usual = POSITIONS // int(self.values.get("seq_len", Plan.seq_len))
-        return max(usual // rows, 1) * rows
+        return max((1 << max(usual.bit_length() - 1, 0)) // rows, 1) * rows
 
     @property
     def batch_is_open(self) -> bool:
@@ -137,7 +138,7 @@ def candidates(space: Space, lineage: str = "") -> Candidates:
         try:
             default = _default(space, name)
             if space.named or regular(default):
-                found += _forms(space, default)
+                found += _forms(space, default, left_out)
             else:
                 left_out[name] = (
                     "what is trained takes turns; naming them in --methods replays them"
@@ -191,20 +192,27 @@ def _lineage(plans: Sequence[Plan]) -> str:
     return common_lineage(list(firsts.values()))
 
 
-def _forms(space: Space, default: Plan) -> Iterator[Candidate]:
-    """A method's candidates: its ranks and settings, in each precision and way of updating."""
+def _forms(space: Space, default: Plan, left_out: dict[str, str]) -> Iterator[Candidate]:
+    """A method's candidates: its ranks and settings, in each precision and way of updating. Those
+    that it takes in no form are left out with the reason.
+    """
     seen = set()
     for settings in _settings(space, default):
+        problem, taken = "", False
         for form in _updates(space):
             given = {"method": default.method, **settings, **form}
             try:
                 step = work_out(_plan(space, given))
-            except UsageError:
-                continue  # a combination that the method does not have
+            except UsageError as error:  # a combination that the method does not have
+                problem = problem or error.message
+                continue
+            taken = True
             key = str(step.plan.as_dict())
             if key not in seen and (space.ranks or _is_known(step.plan, default)):
                 seen.add(key)
                 yield Candidate(step, given)
+        if not taken and (space.ranks or space.vary):
+            left_out[f"{default.method} {settings}"] = problem
 
 
 def _is_known(plan: Plan, default: Plan) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from effprof import registry
 from effprof.errors import UsageError
-from effprof.estimator.quality import unknown
+from effprof.estimator.quality import quality, unknown
 from effprof.plan import Plan, flag, from_dict
 from effprof.units import duration, gib
 
@@ -62,15 +62,19 @@ def reasons(found: Recommendation, best: Choice) -> list[str]:
     )
     if not _as_asked(found, plan):
         told.append(
-            f"An update has {plan.global_batch} rows, not {found.space.global_batch}: it updates "
+            f"Rows per update: {plan.global_batch}, not {found.space.global_batch}, for it updates "
             f"in backward, which does not accumulate."
         )
     told += _worth(found, best)
     time = best.estimate.time
+    if best.estimate.time_unknown:
+        told.append(f"Its time is unknown: {best.estimate.time_unknown}.")
     if time is not None:
         rate = f"{time.positions / time.update:,.0f} tokens/s"
         spread = f" ± {100 * time.spread:.0f} %"
         whole = f", {duration(time.run)} for the run" if time.run else ""
+        cost = time.cost(best.estimate.price)
+        whole += f", which costs {cost:,.2f}" if cost else ""
         told.append(f"It takes {duration(time.update)} an update{spread}: {rate}{whole}.")
     return told
 
@@ -95,13 +99,13 @@ def _worth(found: Recommendation, best: Choice) -> list[str]:
     """Its perplexity, and the default method's where the same papers have both."""
     own, borrowed = best.estimate.quality, found.candidates.borrowed
     if own is None:
-        why = unknown(best.estimate.plan)
-        told = f"Its perplexity is unknown: {why}."
+        why = unknown(best.estimate.plan, found.candidates.lineage)
+        told = f"Its perplexity is unknown: {why or 'no published run is like it'}."
         if borrowed:
             told += f" Methods are in the order of what is published for {borrowed}."
         return [told]
     full = found.full.estimate.quality if found.full else None
-    told = f"{own}."
+    told = f"{own}{f' ({own.note})' if own.note else ''}."
     if full and full.lineage == own.lineage and found.full and found.full.row != best.row:
         gap = own.perplexity - full.perplexity
         told += f" That is {abs(gap):.2f} {'above' if gap > 0 else 'below'} {registry.default()}'s."
@@ -127,12 +131,18 @@ def change(found: Recommendation) -> str:
 def _instead(found: Recommendation, best: Choice) -> str:
     """What another objective would choose, where that is worth a tenth."""
     own = best.estimate
-    for one in found.pareto:
-        other = one.estimate
-        if own.time and other.time and other.time.update < 0.9 * own.time.update:
-            share = 100 * (1 - other.time.update / own.time.update)
-            return f"Were time worth more: {title(other.plan)} takes {share:.0f} % less{_at(one)}."
+    rate = {one.row: _rate(one) for one in (best, *found.pareto)}
+    fastest = max(found.pareto, key=lambda one: rate[one.row], default=best)
+    if own.time and 0.9 * rate[fastest.row] > rate[best.row]:
+        share = 100 * (1 - rate[best.row] / rate[fastest.row])
+        name = title(fastest.estimate.plan)
+        return f"Were time worth more: {name} takes {share:.0f} % less{_at(fastest)}."
     return ""
+
+
+def _rate(one: Choice) -> float:
+    time = one.estimate.time
+    return 0.0 if time is None else time.positions / time.update
 
 
 def _at(one: Choice) -> str:
@@ -165,8 +175,17 @@ def command(plan: Plan, name: str) -> str:
             words += [flag(key)] if given[key] is True else [flag(key), _text(given[key])]
     assert from_dict(given).as_dict() == {**plan.as_dict(), **dict.fromkeys(left_out)}
     if name == "train":
-        words += ["--out", f"runs/{Path(plan.model).stem}-{plan.method}"]
+        path = Path(plan.model)
+        stem = path.parent.name or path.stem if path.suffix == ".json" else path.name
+        words += [] if plan.tokens else _length(plan)
+        words += ["--out", f"runs/{stem}-{plan.method}"]
     return shlex.join(words)
+
+
+def _length(plan: Plan) -> list[str]:
+    """A run has to end: after the tokens published of it, else after some steps to begin with."""
+    known = quality(plan)
+    return ["--tokens", str(known.tokens)] if known else ["--steps", "1000"]
 
 
 def _differs(

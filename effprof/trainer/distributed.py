@@ -65,6 +65,9 @@ class Engine:
                 dist.broadcast(buffer, 0)
         self._begun = True
 
+    def restored(self) -> None:
+        """After a checkpoint: other tensors may need a gradient than at the start."""
+
     def loss(self, batch: Batch) -> Tensor:
         """The mean loss of a batch, without a gradient; the same batch on every process."""
         return forward_loss(self.optimizer.whole.model, batch, self.plan)  # type: ignore[arg-type]
@@ -127,6 +130,9 @@ class Replicas(Engine):
 
     def updated(self) -> None:
         super().updated()
+        self._wrap()
+
+    def restored(self) -> None:
         self._wrap()
 
 

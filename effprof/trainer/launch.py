@@ -20,6 +20,7 @@ from effprof.trainer.world import World
 
 _PATIENCE = timedelta(days=1)  # processes wait for one that tokenises or writes alone
 _FAILED = "effprof/failed"
+_SHUTDOWN = 600  # seconds after a signal in which processes finish their step and save
 _GRACE = 3.0  # seconds in which the first to fail can say so before torchrun ends it
 _here = World()
 
@@ -44,12 +45,12 @@ def with_gpus(flags: Mapping[str, Any]) -> dict[str, Any]:
     others.
     """
     count = started()
-    if count > 1 and flags.get("gpus", count) != count:
+    if count and flags.get("gpus", count) != count:
         raise UsageError(
             f"--gpus {flags['gpus']} disagrees with torchrun's {count} processes.",
             "Leave --gpus out.",
         )
-    return {**flags, "gpus": count} if count > 1 else dict(flags)
+    return {**flags, "gpus": count} if count else dict(flags)
 
 
 def launch(arguments: Sequence[str], plan: Plan) -> int:
@@ -75,6 +76,8 @@ def launch(arguments: Sequence[str], plan: Plan) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        shutdown_timeout=_SHUTDOWN,
         monitor_interval=0.2,
     )
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import nan
+from math import isfinite
 from typing import Any
 
 from effprof.report.live import LiveLine
@@ -58,7 +58,7 @@ class Ledger:
         session = self.session
         if session.world.writes:
             names = ("loss", "grad_norm", "lr", "tokens")
-            numbers = {name: row[name] for name in names if row.get(name, nan) == row.get(name)}
+            numbers = {n: row[n] for n in names if row.get(n) is not None and isfinite(row[n])}
             numbers["draw"] = pending.draw
             path = guard.record(session.run.out, row["step"], verdict, numbers, pending.batches)
             what = "no number" if verdict == "nan" else "far above the last ones"

@@ -42,7 +42,13 @@ def train(run: Run, *, resume: bool = False, force: bool = False) -> Outcome:
         else Stop(run.time_limit or None) as stop
     ):
         found = open_folder(run, resume=resume)
-        here.barrier()  # nobody writes before all have looked
+        at = found[1]["step"] if found else -1
+        most, least = here.most(at, -at)  # nobody writes before all have looked
+        if most != -least:
+            raise EffprofError(
+                f"The processes do not see the same checkpoints in {str(run.out)!r}.",
+                "Give an --out that every machine shares.",
+            )
         ready = preflight.prepare(run, force=force)
         session = Session(run, ready.device, ready.expected, ready.machine, fresh=found is None)
         if found:

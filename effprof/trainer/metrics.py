@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,11 @@ class Log:
             self._open()
 
     def append(self, row: dict[str, Any]) -> None:
-        """A number that is none becomes null. Raises EffprofError where the disk refuses."""
-        row = {key: None if value != value else value for key, value in row.items()}
+        """A number that is none, or infinite, becomes null: JSON has neither. Raises EffprofError
+        where the disk refuses.
+        """
+        lost = {k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+        row = {key: None if key in lost else value for key, value in row.items()}
         try:
             self._file.write((json.dumps(row) + "\n").encode())
         except OSError as problem:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_NAN = 0x7FC00000  # above infinity, and far enough below 2**31
 _LOW = 2**16  # what bf16 cuts from the bits of an fp32 number
 
 
@@ -19,6 +20,6 @@ def round_stochastically(wide: Tensor, into: Tensor, seed: int) -> None:
     noise = torch.randint(
         _LOW, wide.shape, dtype=torch.int32, device=wide.device, generator=generator
     )
-    bits = wide.view(torch.int32)
+    bits = wide.view(torch.int32).clamp_(max=_NAN)  # CUDA's NaN plus noise would overflow to zero
     bits.add_(noise).bitwise_and_(-_LOW)
     into.copy_(wide)

@@ -157,6 +157,8 @@ class Session:
             self.scaler.load_state_dict(state["scaler"])
         names = (one.name for one in dataclasses.fields(Progress))
         self.progress = Progress(**{name: state[name] for name in names})
+        if self.engine is not None:
+            self.engine.restored()
 
     def finite(self) -> bool:
         """Whether every weight is a number."""

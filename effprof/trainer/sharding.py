@@ -140,10 +140,18 @@ class ShardedOptimizer(MethodOptimizer):
                 _scatter(tensor, made[name], owner)
         for name in sorted(layer.tensors.keys() - tensors.keys()):
             dist.broadcast(layer.tensors[name], owner)  # indices, which every process holds
-        told = [[(group.age, group.memory) for group in groups]]
+        plain = [
+            sorted(g.state.keys() - held.keys()) for g, held in zip(groups, states, strict=True)
+        ]
+        told = [
+            [(g.age, g.memory, [float(g.state[n]) for n in own])
+             for g, own in zip(groups, plain, strict=True)]
+        ]  # fmt: skip
         dist.broadcast_object_list(told, owner)
-        for group, (age, memory) in zip(groups, told[0], strict=True):
+        for group, own, (age, memory, numbers) in zip(groups, plain, told[0], strict=True):
             group.age, group.memory = age, memory
+            for name, number in zip(own, numbers, strict=True):  # torch's step counters
+                group.state[name].fill_(number)
 
     def state_dict(self) -> dict[str, Any]:
         """As of one process: every state whole. Called by all of them; rank 0 alone has all."""
