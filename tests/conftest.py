@@ -57,7 +57,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, extra in CONFIGS.items():
         folder = tmp_path_factory.mktemp("configs") / name
         folder.mkdir()
-        document = {**samples.TINY, "model_type": name.partition("-")[0], **extra}
+        document = {"model_type": name.partition("-")[0], **samples.TINY, **extra}
         (folder / "config.json").write_text(json.dumps(document))
         made[name] = str(folder / "config.json")
     return made

@@ -16,7 +16,6 @@ from helpers import run_cli
 
 RECORDING = Path(__file__).parent / "data" / "probe_9m_galore_cpu.jsonl"
 TINY = {
-    "model_type": "llama",
     "hidden_size": 64,
     "intermediate_size": 176,
     "num_hidden_layers": 2,
@@ -99,7 +98,7 @@ def make(
     os.environ["EFFPROF_HOME"] = str(folder / "home")
     tiny = folder / "tiny" / "config.json"
     tiny.parent.mkdir(parents=True)
-    tiny.write_text(json.dumps(TINY))
+    tiny.write_text(json.dumps({"model_type": "llama", **TINY}))
     places = {"folder": folder, "tiny": tiny, "texts": texts, "recording": RECORDING}
     found: dict[str, list[Any]] = {}
     try:
