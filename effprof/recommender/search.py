@@ -123,6 +123,7 @@ class _Search:
     def __init__(self, space: Space, card: Gpu) -> None:
         self.space, self.card = space, card
         self.allocators, self.batches = space.allocators(), space.batches()
+        self.places = {size: at for at, (size, _) in enumerate(self.batches)}
         self.rows: list[tuple[Numbers, ...]] = []
         self.forms: dict[Form, int] = {}
         self._variants: dict[Any, Plan | None] = {}
@@ -136,7 +137,7 @@ class _Search:
         kept = held(_alone(candidate.step), self.card, rates, self.allocators) if quick else None
         for way in itertools.product(space.open("checkpointing"), space.open("loss")):
             variant = self._variant(layers, candidate, *way)
-            for accumulates, batches in _batches(space, plan) if variant else ():
+            for accumulates, batches in self._batches(plan) if variant else ():
                 assert variant is not None
                 if kept is None:
                     self._replay(number, variant, batches)
@@ -144,7 +145,7 @@ class _Search:
                 kinds = _gradients(plan, accumulates=accumulates)
                 fresh = not (kinds or plan.per_layer_update)
                 curve = self._curve(layers, variant, rates, fresh=fresh)
-                places = [self._place(size) for size, _ in batches]
+                places = [self.places[size] for size, _ in batches]
                 sizes = _together(curve, kept, kinds)[:, places]
                 took = self._update_seconds(candidate.step, curve.seconds[:, places], batches, kept)
                 self._append(number, variant, batches, sizes, took if rates else took * np.nan)
@@ -164,9 +165,6 @@ class _Search:
             except UsageError:
                 self._variants[key] = None
         return self._variants[key]
-
-    def _place(self, micro_batch: int) -> int:
-        return next(at for at, (size, _) in enumerate(self.batches) if size == micro_batch)
 
     def _curve(self, layers: Any, variant: Plan, rates: Rates | None, *, fresh: bool) -> _Curve:
         """Passages at some micro-batches, the others between them. Between two samples a tape has
@@ -219,6 +217,18 @@ class _Search:
                 total[at] += traffic(own, self.card, phases | {"refresh": 0.0}).exposed
         total /= micro * often * self.space.gpus * step.plan.seq_len
         return total
+
+    def _batches(self, plan: Plan) -> list[tuple[bool, list[tuple[int, int]]]]:
+        """Whether they accumulate, and those micro-batches with their accumulation. An update in
+        backward does not accumulate: it has fewer rows, where that is left open.
+        """
+        found = self.batches
+        whole = [(size, times) for size, times in found if times == 1]
+        rest = [(size, times) for size, times in found if times > 1]
+        if plan.per_layer_update:
+            whole = [(size, 1) for size, _ in found] if self.space.batch_is_open else whole
+            rest = []
+        return [(adds, one) for adds, one in ((True, rest), (False, whole)) if one]
 
     def _replay(self, number: int, plan: Plan, batches: list[tuple[int, int]]) -> None:
         """Plans whose micro-steps differ are estimated whole."""
@@ -309,18 +319,6 @@ def _runs(plan: Plan, sizes: Sequence[int]) -> list[list[int]]:
         return (positions <= UNSORTED_INDICES, positions <= plan.architecture.vocab, chunks)
 
     return [list(run) for _, run in itertools.groupby(sizes, regime)]
-
-
-def _batches(space: Space, plan: Plan) -> list[tuple[bool, list[tuple[int, int]]]]:
-    """Whether they accumulate, and those micro-batches with their accumulation. An update in
-    backward does not accumulate: it has fewer rows, where that is left open.
-    """
-    found = space.batches()
-    whole = [(size, times) for size, times in found if times == 1]
-    rest = [one for one in found if one not in whole]
-    if plan.per_layer_update:
-        whole, rest = [(size, 1) for size, _ in found] if space.batch_is_open else whole, []
-    return [(adds, one) for adds, one in ((True, rest), (False, whole)) if one]
 
 
 _PASSED = ("forward", "backward", "backward_input", "backward_weights")
