@@ -66,7 +66,7 @@ def samples(slow: bool) -> dict[str, list[Any]]:
 
     from effprof.prober import find
 
-    find.LASTING, find.BRIEF = 2, 1  # updates that a micro-batch has to last: any number will do
+    find.LASTING, find.BRIEF = 12, 2  # updates that a micro-batch has to last: enough to time some
     with tempfile.TemporaryDirectory() as folder:
         texts = made.texts(Path(folder) / "texts")
         found = made.make(Path(folder) / "made", texts)
