@@ -77,7 +77,7 @@ def main() -> None:
                 times.append(own / exact.time.update - 1)
     for allocator, found_errors in errors.items():
         print(f"{allocator:>10}: peak_allocated {_summary(found_errors)}; reserved at most "
-              f"{max(bounds[allocator]):.3f} of it (bounded by {RESERVED[allocator]})")  # fmt: skip
+              f"{max(bounds[allocator]):.3f} of it (bounded by {RESERVED})")  # fmt: skip
     print(f"      time: {_summary(times)}")
 
 

@@ -35,9 +35,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 TARGETS = ("attention", "mlp")
 
-# What the flag promises and this version does not do. Refused: a flag is never silently ignored.
-_NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {}
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -112,11 +109,6 @@ class Plan:
             if target not in TARGETS:
                 raise unknown("--targets value", str(target), TARGETS)
         self._set("targets", tuple(target for target in TARGETS if target in self.targets))
-        for name, (refused, hint) in _NOT_YET.items():
-            value = getattr(self, name)
-            if value in refused:
-                shown = flag(name) if value is True else f"{flag(name)} {value}"
-                raise UsageError(f"{shown} is not available in this version.", hint)
         self._resolve_parallel()
 
     def _resolve_parallel(self) -> None:
@@ -480,6 +472,10 @@ class Plan:
     @property
     def amp(self) -> bool:
         return self.dtype.startswith("amp-")
+
+    def alone(self) -> Plan:
+        """The same plan on one GPU, at the same micro-batch and accumulation."""
+        return from_dict({**self.as_dict(), "gpus": 1, "parallel": "none", "global_batch": None})
 
     def with_batch(self, micro_batch: int, grad_accum: int) -> Plan:
         """The same plan at another batch; nothing else that is resolved depends on it.

@@ -15,7 +15,7 @@ from effprof.model import Matrix
 from effprof.phase import phase
 from effprof.registry import Clock, Facts, Flops, Group, Tensor
 
-from . import _checks, _moments, _projection, galore
+from . import _checks, _projection, galore
 
 if TYPE_CHECKING:
     from torch import Tensor as TorchTensor
@@ -91,21 +91,12 @@ def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, t
 
 def update(group: Group, clock: Clock, settings: Settings) -> None:
     """One update of a rows × columns weight: GaLore's, in a basis that was turned and cut."""
-    weight, gradient = group.tensors["weight"], group.gradients["weight"]
-    first, second = group.state["exp_avg"], group.state["exp_avg_sq"]
+    gradient = group.gradients["weight"]
     right = _projection.from_right(gradient.shape[0], gradient.shape[1], settings.side)
     if group.age % settings.refresh == 0:
         with phase("refresh"):
             _renew(group, gradient, settings, right=right)
-    projector = group.state["projector"]
-    projected = _projection.project(gradient, projector, right=right).to(first.dtype)
-    _moments.advance(first, second, projected, settings.betas)
-    del projected
-    step = _moments.direction(first, second, settings.eps).to(weight.dtype)
-    size = clock.lr * settings.scale * _moments.correction(settings.betas, group.age + 1)
-    weight.addmm_(*_projection.factors(step, projector, right=right), alpha=-size)
-    if settings.weight_decay:
-        weight.mul_(1 - clock.lr * settings.weight_decay)
+    galore.descend(group, clock, settings, right=right)
 
 
 def _renew(group: Group, gradient: TorchTensor, settings: Settings, *, right: bool) -> None:

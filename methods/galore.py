@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from effprof.model import Matrix
 from effprof.registry import Clock, Facts, Flops, Group, Tensor
@@ -105,10 +106,17 @@ def update(group: Group, clock: Clock, settings: Settings) -> None:
 
     The basis is renewed when ``refresh`` divides the updates its state has seen.
     """
+    gradient = group.gradients["weight"]
+    right = _projection.from_right(gradient.shape[0], gradient.shape[1], settings.side)
+    _projection.renewed(group, gradient, settings, right=right)
+    descend(group, clock, settings, right=right)
+
+
+def descend(group: Group, clock: Clock, settings: Any, *, right: bool) -> None:
+    """AdamW on the gradient in the group's basis, and back; ``settings`` are GaLore's or kin's."""
     weight, gradient = group.tensors["weight"], group.gradients["weight"]
     first, second = group.state["exp_avg"], group.state["exp_avg_sq"]
-    right = _projection.from_right(gradient.shape[0], gradient.shape[1], settings.side)
-    projector = _projection.renewed(group, gradient, settings, right=right)
+    projector = group.state["projector"]
     projected = _projection.project(gradient, projector, right=right).to(first.dtype)
     _moments.advance(first, second, projected, settings.betas)
     del projected

@@ -201,10 +201,7 @@ def due(settings: Settings, layers: int) -> tuple[int, ...]:
 
 def lr_factor(clock: Clock, settings: Settings) -> float:
     """A linear warmup after each merge."""
-    restarted = clock.update > clock.since_restart
-    if not restarted or clock.since_restart >= settings.restart_warmup:
-        return 1.0
-    return (clock.since_restart + 1) / settings.restart_warmup
+    return _periods.warmup(clock, settings.restart_warmup)
 
 
 def after_step(

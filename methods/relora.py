@@ -92,10 +92,7 @@ def due(settings: Settings, layers: int) -> int:
 
 def lr_factor(clock: Clock, settings: Settings) -> float:
     """The jagged schedule: a linear warmup after each merge."""
-    restarted = clock.update > clock.since_restart
-    if not restarted or clock.since_restart >= settings.restart_warmup:
-        return 1.0
-    return (clock.since_restart + 1) / settings.restart_warmup
+    return _periods.warmup(clock, settings.restart_warmup)
 
 
 def after_step(

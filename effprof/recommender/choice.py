@@ -17,7 +17,7 @@ from effprof.recommender.search import Found, Numbers
 
 OBJECTIVES = ("quality", "time", "memory", "cost")
 # Reserved bytes over the search's peak_allocated: above every plan of benchmarks/search.py.
-RESERVED = {"default": 1.8, "expandable": 1.8}
+RESERVED = 1.8
 _REPLAYS = 24  # of one recipe, before its next plan that certainly fits is taken
 _SHOWN = 12
 _CLOSE = 4  # plans of nearly the least memory, of which the exact least is taken
@@ -63,10 +63,9 @@ class Chooser:
     ) -> None:
         self.found, self.card, self.limits = found, card, limits
         self.objective, self.price, self.lineage = objective, price, lineage
-        bound = np.array([RESERVED.get(one.allocator, RESERVED["default"]) for one in found.forms])
         outside = 0 if found.space.on_cpu else card.outside(found.space.gpus)
         self.least = found.memory + outside  # of the process: nothing but what is allocated
-        self.most = found.memory * bound[found.form] + outside
+        self.most = found.memory * RESERVED + outside
         self.allowed = self._allowed()
         recipes: dict[Any, int] = {}
         own = [recipes.setdefault(one.recipe, len(recipes)) for one in found.candidates]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -144,7 +143,7 @@ def recommend(
     full = _full(chooser, rows)
     nearest, closest, ways, problem = None, None, list[Remedy](), ""
     if best is None:
-        closest, ways, problem = _nothing(chooser, rows, space, card, limits)
+        closest, ways, problem = _nothing(chooser, card, limits)
     else:
         nearest = chooser.nearest(known, best.row)
     pareto = chooser.pareto(known if len(known) and not named else rows) if best else []
@@ -189,7 +188,7 @@ def _full(chooser: Chooser, rows: Any) -> Choice | None:
 
 
 def _nothing(
-    chooser: Chooser, rows: Any, space: Space, card: Gpu, limits: Limits
+    chooser: Chooser, card: Gpu, limits: Limits
 ) -> tuple[Choice | None, list[Remedy], str]:
     """What comes nearest where nothing keeps the limits, and what would help."""
     every = np.arange(len(chooser.found))
@@ -198,11 +197,13 @@ def _nothing(
     if closest.total > limits.memory:
         return (
             closest,
-            remedies(space, chooser.found.plan(smallest), card, limits),
-            unlike(closest, card, limits),
+            remedies(chooser.found.plan(smallest), card, limits),
+            unlike(closest, limits),
         )
-    chooser.limits = dataclasses.replace(limits, hours=None, tokens_per_second=None)
-    fitting = chooser.fitting(every)
+    memory_alone = Limits(limits.memory, limits.margin)
+    fitting = Chooser(
+        chooser.found, card, memory_alone, chooser.objective, chooser.price, chooser.lineage
+    ).fitting(every)
     given = [name for name, value in vars(limits).items() if value is not None]
     kept = " and ".join(_FLAGS[name] for name in given if name in _FLAGS)
     told = f"Plans fit into memory, but none of them keeps {kept}."

@@ -13,7 +13,6 @@ from effprof.gpus import Gpu
 from effprof.model import architecture, presets
 from effprof.plan import Plan, from_dict
 from effprof.recommender.choice import Limits
-from effprof.recommender.space import Space
 
 _LENGTHS = (2, 4, 8)  # what a row's length is divided by
 _CARDS = (2, 4, 8)
@@ -31,13 +30,10 @@ class Remedy:
         return {"flag": self.flag, "total": self.total}
 
 
-def remedies(space: Space, smallest: Plan, card: Gpu, limits: Limits) -> list[Remedy]:
+def remedies(smallest: Plan, card: Gpu, limits: Limits) -> list[Remedy]:
     """For each kind of change the smallest that works, estimated in full."""
-    found = []
-    for change in (_card(smallest, limits), *_changes(space, smallest, card, limits)):
-        if change is not None:
-            found.append(change)
-    return found
+    tried = (_card(smallest, limits), *_changes(smallest, card, limits))
+    return [change for change in tried if change is not None]
 
 
 def _card(plan: Plan, limits: Limits) -> Remedy | None:
@@ -49,7 +45,7 @@ def _card(plan: Plan, limits: Limits) -> Remedy | None:
     return None
 
 
-def _changes(space: Space, plan: Plan, card: Gpu, limits: Limits) -> Iterator[Remedy | None]:
+def _changes(plan: Plan, card: Gpu, limits: Limits) -> Iterator[Remedy | None]:
     values = {**plan.as_dict(), "global_batch": None}
     shards = ({"gpus": n, "parallel": "fsdp"} for n in _CARDS if n > plan.gpus)
     yield _first(values, shards, card, limits, lambda one: f"--gpus {one['gpus']} --parallel fsdp")

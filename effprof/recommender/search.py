@@ -40,8 +40,9 @@ class Form:
 
 @dataclass(frozen=True)
 class Found:
-    """One row per plan. ``memory`` is peak_allocated in bytes, ``seconds`` of one position on one
-    GPU (NaN where the time is not known), ``own_batch`` whether an update has the rows asked for.
+    """One row per plan. ``memory`` is peak_allocated in bytes, ``seconds`` of an update over the
+    positions of all GPUs (NaN where the time is not known), ``own_batch`` whether an update has the
+    rows asked for.
     """
 
     space: Space
@@ -159,9 +160,10 @@ class _Search:
             values = {**candidate.plan.as_dict(), "checkpointing": checkpointing, "loss": loss}
             if regular(candidate.plan):  # a passage is the same wherever its gradients go
                 values["per_layer_update"] = None
-                values |= _ALONE if candidate.plan.parallel == "ddp" else {}
             try:
-                self._variants[key] = from_dict(values)
+                variant = from_dict(values)
+                alone = regular(variant) and variant.parallel == "ddp"
+                self._variants[key] = variant.alone() if alone else variant
             except UsageError:
                 self._variants[key] = None
         return self._variants[key]
@@ -326,12 +328,7 @@ _PASSED = ("forward", "backward", "backward_input", "backward_weights")
 
 def _alone(step: Step) -> Step:
     """What one of DDP's processes computes is what a GPU alone does."""
-    if step.plan.parallel != "ddp":
-        return step
-    return work_out(from_dict({**step.plan.as_dict(), **_ALONE}))
-
-
-_ALONE = {"gpus": 1, "parallel": "none", "global_batch": None}
+    return work_out(step.plan.alone()) if step.plan.parallel == "ddp" else step
 
 
 def _fingerprint(step: Step) -> tuple[Any, ...]:

@@ -13,7 +13,6 @@ from effprof.plan import Plan, flag, from_dict
 from effprof.units import duration, gib
 
 if TYPE_CHECKING:
-    from effprof.gpus import Gpu
     from effprof.recommender.choice import Choice, Limits
     from effprof.recommender.recommend import Recommendation
 
@@ -150,7 +149,7 @@ def _at(one: Choice) -> str:
     return f" at perplexity {known.perplexity:.2f}" if known else ""
 
 
-def unlike(closest: Choice, card: Gpu, limits: Limits) -> str:
+def unlike(closest: Choice, limits: Limits) -> str:
     """That nothing fits, and by how much."""
     plan = closest.estimate.plan
     return (

@@ -69,10 +69,6 @@ class Feed:
         targets, real = sum(b.targets for b in drawn), sum(b.real_tokens for b in drawn)
         return Drawn([b.to(self.device) for b in mine], self.used, waited, targets, real)
 
-    def skip(self) -> None:
-        """Draw the next update's micro-batches and leave them out."""
-        self.next()
-
     def state_dict(self) -> dict[str, Any]:
         return self.used
 

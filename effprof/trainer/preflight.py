@@ -15,20 +15,11 @@ from effprof.errors import DoesNotFitError, EffprofError
 from effprof.estimator.estimate import Estimate, estimate
 from effprof.estimator.memory import evaluation
 from effprof.measure.device import DeviceMeter, meter
-from effprof.plan import Plan, from_dict
-from effprof.step import Step, work_out
+from effprof.step import work_out
 from effprof.trainer.build import resolve_device
 from effprof.trainer.corpus import corpus
 from effprof.trainer.run import Run, open_folder
 from effprof.trainer.tokenizer import tokenizer
-
-
-def _alone(plan: Plan, expected: Estimate) -> Step:
-    """The step of one process: a sharded run's checkpoint holds whole tensors all the same."""
-    if plan.parallel != "fsdp":
-        return expected.step
-    alone = {"gpus": 1, "parallel": "none", "global_batch": None}
-    return work_out(from_dict({**plan.as_dict(), **alone}))
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,10 @@ class Ready:
     @property
     def checkpoint(self) -> int:
         """The tensors of one checkpoint, of which the host holds a copy while it is written."""
-        held = _alone(self.run.plan, self.expected).resident()
+        plan, step = self.run.plan, self.expected.step
+        if plan.parallel == "fsdp":  # whose checkpoints hold whole tensors all the same
+            step = work_out(plan.alone())
+        held = step.resident()
         return held["weights"] + held["optimizer"] + held["buffers"]
 
     @property
