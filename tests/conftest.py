@@ -91,10 +91,11 @@ def printed(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> tuple[Path
 def documents(printed: tuple[Path, dict[str, Any]]) -> dict[str, list[str]]:
     """What `effprof report` takes, by kind: runs, documents, a recording, a snapshot."""
     folder, _ = printed
-    kinds = ("estimate", "compare", "trace", "probe", "validate")
+    kinds = ("estimate", "compare", "trace", "probe", "validate", "recommend")
     found = {kind: [str(folder / f"{kind}.json")] for kind in kinds}
     found |= {"recording": [str(samples.RECORDING)], "snapshot": [str(folder / "s.pickle")]}
     runs = [str(folder / "one"), str(folder / "other")]
+    found["bench"] = [str(samples.bench(folder / "study"))]
     return found | {"train": runs[:1], "runs": runs}
 
 

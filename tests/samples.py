@@ -120,6 +120,32 @@ def make(
     return found
 
 
+def bench(folder: Path) -> Path:
+    """A study's folder as `effprof bench` leaves it, of the trials that examples/paper holds and
+    one that diverged.
+    """
+    import pandas
+
+    from effprof.bench import JOURNAL
+    from effprof.bench.against import beside
+    from effprof.bench.results import document, summarize, write_results
+    from effprof.bench.spec import read
+
+    paper = Path(__file__).parents[1] / "examples" / "paper"
+    frame = pandas.read_parquet(paper / "results" / "paper-tiny" / "results.parquet")
+    rows = json.loads(frame.to_json(orient="records"))
+    rows = [row | {"curve": json.loads(row["curve"])} for row in rows]
+    lost = {"lr": 0.09, "state": "diverged", "loss": None, "perplexity": None, "curve": []}
+    rows.append(rows[0] | lost | {"reason": "Error: the loss is NaN."})
+    spec = read(paper / "paper-tiny.toml", "cpu")
+    lines = summarize(spec, rows)
+    published = {"published": [one._asdict() for one in beside(lines)]}
+    folder.mkdir()
+    write_results(folder, document(spec, lines, rows) | published)
+    (folder / JOURNAL).touch()
+    return folder
+
+
 def name_of(document: Any) -> str:
     """``estimate`` of effprof.estimate/1."""
     return str(document["schema"]).removeprefix("effprof.").partition("/")[0]

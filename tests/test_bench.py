@@ -20,12 +20,11 @@ from helpers import check_document, run_cli
 
 from effprof.bench.against import beside, curves
 from effprof.bench.cost import costs
-from effprof.bench.results import Line, summarize
+from effprof.bench.results import Line, remarks, summarize
 from effprof.bench.spec import Arm, Spec, data_digest, parse, read
 from effprof.bench.study import Claim, Study
 from effprof.errors import UsageError
 from effprof.plan import Plan
-from effprof.report.bench import remarks
 
 ROOT = Path(__file__).parents[1]
 
@@ -279,10 +278,14 @@ def test_a_killed_bench_goes_on_without_losing_a_trial(
         os.kill(first.pid, signal.SIGKILL)
     before = pandas.read_csv(out / "results.csv")
     done = {p: p.stat().st_mtime_ns for p in (out / "trials").glob("*/run/summary.json")}
-    code, printed, _ = run_cli("bench", path, "--out", out, "--threads", "1", "--json")
+    code, printed, _ = run_cli(
+        "bench", path, "--out", out, "--threads", "1", "--json", "--html", out / "a.html"
+    )
     assert code == 0
     document = json.loads(printed)
     check_document(document)
+    assert document == json.loads((out / "bench.json").read_text())
+    assert "<h2>Learning-rate sensitivity</h2>" in (out / "a.html").read_text()
     assert document["trials"] == {"done": 4, "planned": 4}
     assert {row["state"] for row in document["rows"]} == {"done"}
     assert all(p.stat().st_mtime_ns == then for p, then in done.items())

@@ -21,16 +21,22 @@ from effprof.errors import UsageError
 from effprof.report.page import Chart, Grid, Page, render
 from effprof.report.subject import read
 
+BOTH = ("Memory over an update, measured", "Memory over an update, estimated")
 KINDS = {
     "train": ("Loss", "Learning rate", "Memory over an update, estimated"),
     "runs": ("Runs", "Loss"),
-    "probe": ("Estimated against measured", "At the peak", "Memory over an update, estimated"),
-    "recording": ("Estimated against measured", "Memory over an update, recorded"),
+    "probe": ("Estimated against measured", "At the peak", *BOTH),
+    "recording": ("Estimated against measured", *BOTH),
     "validate": ("Plans",),
     "compare": ("Memory against perplexity", "Memory of the process", "Plans"),
     "trace": ("Memory over an update, traced", "Phases", "Largest tensors"),
     "snapshot": ("Memory over an update, recorded",),
     "estimate": ("Memory over an update, estimated", "Cards"),
+    "recommend": ("Why", "What to type", "Limits", "Perplexity, memory and time", "The Pareto set"),
+    "bench": (
+        *("Results", "Memory against perplexity", "Loss curves", "Learning-rate sensitivity"),
+        "Beside published results",
+    ),
 }
 
 
@@ -184,25 +190,30 @@ addEventListener("message", event => {
   said.push(event.data);
   document.getElementById("said").textContent = JSON.stringify(said);
 });
-</script><iframe src="page.html" style="border:0;width:1200px;height:2000px"></iframe>
-<iframe src="page.html" style="border:0;width:375px;height:2000px"></iframe></body>"""
+</script>"""
 CHROMIUM = next(
     (found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), ""
 )
 
 
-def look(page: Path, folder: Path, *, dark: bool) -> list[dict[str, Any]]:
-    """Open a page in two widths, point at its charts, and hear what it says of itself."""
-    text = page.read_text(encoding="utf-8").replace("</body>", f"<script>{LOOK}</script></body>")
-    (folder / "page.html").write_text(text, encoding="utf-8")
-    (folder / "frame.html").write_text(FRAME)
+def look(pages: dict[str, Path], folder: Path, *, dark: bool) -> list[dict[str, Any]]:
+    """Open pages in two widths, point at their charts, and hear what they say of themselves."""
+    frame = FRAME
+    for kind, page in pages.items():
+        text = page.read_text(encoding="utf-8")
+        text = text.replace("</body>", f"<script>{LOOK}</script></body>")
+        (folder / f"{kind}.html").write_text(text, encoding="utf-8")
+        for width in (1200, 375):
+            style = f"border:0;width:{width}px;height:2000px"
+            frame += f'<iframe src="{kind}.html" style="{style}"></iframe>'
+    (folder / "frame.html").write_text(frame + "</body>")
     shot = folder / "page.png"
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/profile"]
     flags += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--v=0"]
     flags += ["--enable-logging=stderr", "--window-size=1600,2000", f"--screenshot={shot}"]
-    flags += ["--dump-dom", "--virtual-time-budget=2000", f"file://{folder}/frame.html"]
+    flags += ["--dump-dom", "--virtual-time-budget=4000", f"file://{folder}/frame.html"]
     done = subprocess.run(
-        [CHROMIUM, *flags], capture_output=True, text=True, timeout=60, check=True
+        [CHROMIUM, *flags], capture_output=True, text=True, timeout=120, check=True
     )
     assert "CONSOLE" not in done.stderr, done.stderr
     said = re.search(r'<pre id="said">(.+?)</pre>', done.stdout, re.DOTALL)
@@ -214,23 +225,87 @@ def look(page: Path, folder: Path, *, dark: bool) -> list[dict[str, Any]]:
 
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium is installed to draw the page")
 @pytest.mark.parametrize(
-    ("kind", "dark"),
-    [*((kind, False) for kind in ("train", "probe", "compare", "snapshot")), ("trace", True)],
+    ("kinds", "dark"),
+    [
+        (("train", "recording", "compare", "snapshot", "recommend", "bench"), False),
+        (("trace", "recommend", "bench"), True),
+    ],
 )
-def test_a_browser_draws_it(
-    kind: str, dark: bool, documents: dict[str, list[str]], tmp_path: Path
+def test_a_browser_draws_them(
+    kinds: tuple[str, ...], dark: bool, documents: dict[str, list[str]], tmp_path: Path
 ) -> None:
-    page, folder = tmp_path / "page.html", tmp_path / "browser"
+    folder = tmp_path / "browser"
     folder.mkdir()
-    write(documents[kind], page)
-    wanted = len(charts(page.read_text()))
-    seen = sorted(look(page, folder, dark=dark), key=lambda one: int(one["width"]))
-    for found, width in zip(seen, (375, 1200), strict=True):
-        assert found["width"] == width
-        assert found["problems"] == []
+    pages = {kind: tmp_path / f"{kind}.html" for kind in kinds}
+    for kind, page in pages.items():
+        write(documents[kind], page)
+    seen = {(one["page"], one["width"]): one for one in look(pages, folder, dark=dark)}
+    assert len(seen) == 2 * len(kinds)
+    for (name, _), found in seen.items():
+        wanted = len(charts(pages[name.removesuffix(".html")].read_text()))
+        assert found["problems"] == [], name
         assert len(found["heights"]) == wanted
         assert all(height > 30 for height in found["heights"])
-        assert all(len(said) > 1 for said in found["tips"])  # another place, another text
-        ink, paper = (int(re.findall(r"\d+", found[name])[0]) for name in ("ink", "paper"))
+        assert all(len(said) > 1 for said in found["tips"]), name  # another place, another text
+        ink, paper = (int(re.findall(r"\d+", found[key])[0]) for key in ("ink", "paper"))
         assert (paper < 60) is dark
         assert abs(ink - paper) > 150
+
+
+def test_a_measured_timeline_is_drawn_above_the_estimated_one_to_one_scale(
+    documents: dict[str, list[str]], tmp_path: Path
+) -> None:
+    """Whether the tape came as a recording or in the document, it is one update of the same."""
+    found = []
+    for kind in ("recording", "probe"):
+        write(documents[kind], tmp_path / "page.html")
+        drawn = charts((tmp_path / "page.html").read_text())
+        found.append([one["data"] for one in drawn if one["kind"] == "timeline"])
+    assert found[0] == found[1]
+    measured, estimated = found[0]
+    phases = [[span[0] for span in one["spans"]] for one in (measured, estimated)]
+    assert phases == [["forward", "backward", "update"]] * 2
+    peaks = [max(sum(one[1]) for one in data["instants"]) for data in (measured, estimated)]
+    assert peaks[0] == pytest.approx(peaks[1], rel=1e-3)
+    assert measured["top"] == estimated["top"] == max(peaks)
+
+
+def test_a_bench_page_says_what_the_study_holds(
+    documents: dict[str, list[str]], tmp_path: Path
+) -> None:
+    (folder,) = documents["bench"]
+    write([folder], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    pareto, curves, rates = (one["data"] for one in charts(text))
+    found = json.loads((Path(folder) / "bench.json").read_text())
+    assert len(curves["series"]) == len(pareto["points"]) == 18
+    front = [one for one in pareto["points"] if one["best"]]
+    for one in front:
+        assert not [p for p in pareto["points"] if p["x"] < one["x"] and p["y"] < one["y"]]
+    assert {one["name"] for one in front} >= {found["arms"][0]["arm"]}
+    full = next(one for one in rates["series"] if one["name"] == "full")
+    assert (len(full["points"]), full["lost"]) == (1, [0.09])
+    assert "<dd>19 of 156</dd>" in text
+    assert "PARTIAL: 19 of 156" in text
+    assert "Not begun: lowrank r16" in text
+    (Path(folder) / "bench.json").rename(tmp_path / "bench.json")
+    code, _, err = run_cli("report", folder, "--out", tmp_path / "other.html")
+    (tmp_path / "bench.json").rename(Path(folder) / "bench.json")
+    assert (code, "--summary` writes it" in err) == (2, True)
+
+
+def test_a_recommendations_page_holds_the_pick_or_what_would_fit(
+    printed: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    for found in printed[1]["recommend"]:
+        (tmp_path / "found.json").write_text(json.dumps(found))
+        write([str(tmp_path / "found.json")], tmp_path / "page.html")
+        text = html.unescape((tmp_path / "page.html").read_text())
+        shown = re.sub(r"<.*?>", "", text)
+        assert all(reason in shown for reason in found["reasons"])
+        assert all(command in shown for command in found["commands"].values())
+        assert all(one["flag"] in shown for one in found["remedies"])
+        assert (found["best"] is None) is ("nothing keeps the limits" in shown)
+        if found["best"]:
+            assert f"{found['best']['title']} at {found['best']['batch']}" in shown
+            assert all(f"{one['title']}</td>" in text for one in found["pareto"])

@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from effprof import registry
+from effprof.bench import DOCUMENT
 from effprof.bench.spec import Arm, Spec
 from effprof.files import write_whole
+from effprof.units import duration, quantity
 
+SCHEMA = "effprof.bench/1"
 CSV, PARQUET = "results.csv", "results.parquet"
+_REASON = 150  # characters of why a trial failed
 
 
 @dataclass(frozen=True)
@@ -107,10 +111,60 @@ def _against(line: Line, full: Line | None) -> Line:
     )
 
 
-def write_results(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """results.parquet with every column, results.csv without the loss curves."""
+def remarks(spec: Spec, lines: Sequence[Line], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What has to be said beside the numbers."""
+    count, tokens, seconds = done(rows)
+    found = []
+    if count < spec.total:
+        found.append(f"PARTIAL: {count} of {spec.total} trials are done; the ranking may change.")
+    found.append(
+        f"{count} trials, {quantity(tokens)} positions, {duration(seconds)} of updates. "
+        f"Perplexity: median over seeds of the best learning rate, on held-out text that also "
+        f"chose that rate; spread: least and largest."
+    )
+    if any(line.edge for line in lines):
+        found.append("* the best learning rate is the least or largest tried: more may be gained.")
+    found.append(
+        "held: weights, optimizer states and buffers the method declares, MiB; peak: measured "
+        "during training" + (f" ({_meters(rows)})" if _meters(rows) else "") + ", MiB."
+    )
+    versions = {row["code"] for row in rows}
+    if len(versions) > 1:
+        found.append(f"The rows come from {len(versions)} states of effprof's code (column code).")
+    for row in rows:
+        if row["state"] != "done":
+            which = f"{row['arm']} lr {row['lr']:g} seed {row['seed']} {row['state']}"
+            reason = (row["reason"].strip().splitlines() or [""])[-1]
+            found.append(f"{which}: {reason[:_REASON]}")
+    return found
+
+
+def _meters(rows: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(sorted({row["meter"] for row in rows if row["meter"]}))
+
+
+def document(
+    spec: Spec, lines: Sequence[Line], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The JSON document: every arm's line and every trial's row."""
+    return {
+        "schema": SCHEMA,
+        "title": spec.title,
+        "trials": {"done": len(rows), "planned": spec.total},
+        "arms": [line.as_dict() for line in lines],
+        "rows": list(rows),
+        "remarks": remarks(spec, lines, rows),
+    }
+
+
+def write_results(folder: Path, found: Mapping[str, Any]) -> None:
+    """bench.json is the document; results.parquet has every column of its rows, results.csv all
+    but the loss curves.
+    """
     import pandas
 
+    write_whole(folder / DOCUMENT, json.dumps(found) + "\n")
+    rows = found["rows"]
     frame = pandas.DataFrame([{**row, "curve": json.dumps(row["curve"])} for row in rows])
     if frame.empty:
         return

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from effprof.bench.results import write_results
+from effprof.bench.results import document, summarize, write_results
 from effprof.bench.spec import Spec
 from effprof.bench.study import Study
 from effprof.bench.trial import Trial
@@ -93,7 +93,8 @@ class Bench:
                 trial.clean()
             self.took.append(time.monotonic() - trial.began)
             rows = self.study.rows()
-            write_results(self.study.folder, rows)
+            found = document(self.spec, summarize(self.spec, rows), rows)
+            write_results(self.study.folder, found)
             self._say(trial, row, len(rows))
 
     def _say(self, trial: Trial, row: dict[str, Any], done: int) -> None:

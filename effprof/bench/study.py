@@ -23,12 +23,12 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from effprof.bench import JOURNAL
 from effprof.bench.spec import Arm, Spec
 from effprof.errors import EffprofError, UsageError
 from effprof.files import check_writable, digest, write_folder, write_whole
 from effprof.plan import Plan
 
-JOURNAL = "journal.log"
 RESULT = "result"  # a trial's attribute: its row of the results
 _SEED, _AGAIN = "seed", "again"
 

@@ -12,7 +12,7 @@ import typer
 
 from effprof.cli.flags import default_device, plan_values, refuse, with_plan_flags
 from effprof.errors import UsageError, unknown
-from effprof.files import write_whole
+from effprof.files import check_writable, write_whole
 from effprof.recommender.compare import methods_of, ranks_of
 
 if TYPE_CHECKING:
@@ -79,6 +79,10 @@ def command(
         str | None,
         typer.Option(help="published: others' tables beside this one.", show_default=False),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="The page. [bench.html in the folder]", show_default=False),
+    ] = None,
     curves: Annotated[
         Path | None,
         typer.Option(help="Draw --run beside official runs' loss curves.", show_default=False),
@@ -98,6 +102,7 @@ def command(
         raise unknown("--against value", str(against), ("published",))
     if curves or run:
         others: dict[str, Any] = {"spec": spec, "out": out, "methods": methods, "against": against}
+        others["html"] = html
         others |= {**flags, "dry_run": dry_run, "summary": summary, "json": as_json}
         for name in (key for key, value in others.items() if value):
             raise UsageError(
@@ -116,6 +121,10 @@ def command(
         raise UsageError(f"--{name} has no effect on a spec.", f"Write it into {spec}.")
     device = "" if dry_run else str(default_device({})["device"])
     asked = read(spec, device) if spec else parse(_document(flags, given), device=device)
+    if html and dry_run:
+        raise UsageError("--html has no effect on --dry-run.", "Leave it out.")
+    if html:
+        check_writable(html)
     if dry_run:
         _show_cost(asked, gpu, answer=True, as_json=as_json)
         return 0
@@ -128,7 +137,8 @@ def command(
     if not summary and not as_json:
         _show_cost(asked, None, answer=False, as_json=False)
     code = 0 if summary else bench.go()
-    _show(asked, out, bench.study.rows(), against=bool(against), as_json=as_json)
+    rows = bench.study.rows()
+    _show(asked, out, rows, html or out / "bench.html", against=bool(against), as_json=as_json)
     if code:
         sys.stderr.write("Interrupted; the same command goes on.\n")
     return code
@@ -170,26 +180,37 @@ def _show_cost(asked: Spec, gpu: str | None, *, answer: bool, as_json: bool) -> 
 
 
 def _show(
-    asked: Spec, out: Path, rows: list[dict[str, Any]], *, against: bool, as_json: bool
+    asked: Spec,
+    out: Path,
+    rows: list[dict[str, Any]],
+    html: Path,
+    *,
+    against: bool,
+    as_json: bool,
 ) -> None:
     from effprof.bench.against import beside
-    from effprof.bench.results import summarize, write_results
-    from effprof.report.bench import document, show_bench, write_summary
+    from effprof.bench.results import document, summarize, write_results
+    from effprof.report.bench import show_bench, write_summary
     from effprof.report.bench_plots import draw
+    from effprof.report.page import write_page
+    from effprof.report.pages import page_of
+    from effprof.report.subject import Subject
 
     lines = summarize(asked, rows)
-    write_results(out, rows)
-    write_summary(out, asked, lines, rows)
-    files = [out / "summary.md", *draw(out, asked, lines, rows)]
     published = beside(lines) if against else []
+    found = document(asked, lines, rows)
+    found |= {"published": [one._asdict() for one in published]} if against else {}
+    write_results(out, found)
+    write_summary(out, asked, lines, rows)
+    write_page(html, page_of([Subject(out.name, found)]))
+    files = [out / "summary.md", html, *draw(out, asked, lines, rows)]
     if against:
         from effprof.report.against import markdown, show_beside
 
         files.append(out / "published.md")
         write_whole(files[-1], markdown(published))
     if as_json:
-        more = {"published": [one._asdict() for one in published]} if against else {}
-        print(json.dumps(document(asked, lines, rows) | more))
+        print(json.dumps(found))
         return
     show_bench(asked, lines, rows, files)
     if against:

@@ -187,7 +187,11 @@ def keep(result: Comparison, *, once: bool = False) -> int | None:
 def _report(result: Comparison, *, store: bool, as_json: bool, replayed: bool = False) -> int:
     number = keep(result, once=replayed) if store else None
     if as_json:
-        print(json.dumps(result.as_dict() | {"id": number}))
+        from effprof.report.timeline import recorded
+
+        shown = recorded(result.probe)
+        more = {"id": number} | ({"timeline": shown.as_dict()} if shown else {})
+        print(json.dumps(result.as_dict() | more))
     else:
         from effprof.report.probe import show_probe
 

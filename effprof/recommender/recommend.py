@@ -16,7 +16,7 @@ from effprof.recommender.compare import Row
 from effprof.recommender.remedies import Remedy, remedies
 from effprof.recommender.search import Told, search
 from effprof.recommender.space import Candidate, Candidates, Space, candidates
-from effprof.recommender.words import command, reasons, unlike
+from effprof.recommender.words import batch, change, command, reasons, title, unlike
 
 SCHEMA = "effprof.recommend/1"
 
@@ -83,6 +83,7 @@ class Recommendation:
             "ordered_as": found.borrowed or None,
             "best": _row(best, self.limits),
             "reasons": self.reasons,
+            "change": change(self),
             "pareto": [_row(one, self.limits) for one in self.pareto],
             "feasible": list(self.feasible),
             "full": _row(self.full, self.limits),
@@ -102,10 +103,12 @@ def _row(choice: Choice | None, limits: Limits) -> dict[str, Any] | None:
     if choice is None:
         return None
     spare = limits.memory - choice.total
-    own = Row(choice.estimate).as_dict() | {"fits": spare >= 0, "headroom": spare}
+    plan = choice.estimate.plan
+    own = {"title": title(plan), "batch": batch(plan)} | Row(choice.estimate).as_dict()
+    own |= {"fits": spare >= 0, "headroom": spare}
     time, price = choice.estimate.time, choice.estimate.price
     own |= {"run_cost": None if time is None else time.cost(price)}
-    return own | {"plan": choice.estimate.plan.as_dict()}
+    return own | {"plan": plan.as_dict()}
 
 
 def recommend(

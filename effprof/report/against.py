@@ -15,7 +15,7 @@ from effprof.report.terminal import console, table
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#999999", "#000000")
 _OWN = ("arm", "own", "vs full")
-_COLUMNS = (*_OWN, "group of papers", "size", "as printed", "unbiased", "vs full")
+COLUMNS = (*_OWN, "group of papers", "size", "as printed", "unbiased", "vs full")
 NOTE = (
     "Published perplexities are of C4 and of the size that is named; unbiased: where the group's "
     "code reports the mean loss × K/(K+1), what the mean gives. vs full: over full rank of the "
@@ -26,22 +26,23 @@ NOTE = (
 def show_beside(found: Sequence[Beside]) -> None:
     """One line per arm and group of papers."""
     out = console()
-    rows = table(*_COLUMNS)
+    rows = table(*COLUMNS)
     for one in found:
-        rows.add_row(*_cells(one))
+        rows.add_row(*cells(one))
     out.print(rows)
-    for text in _changes(found):
+    for text in changes(found):
         out.print(Text(text, style="dim"))
     out.print(Text(NOTE, style="dim"))
 
 
-def _changes(found: Sequence[Beside]) -> list[str]:
+def changes(found: Sequence[Beside]) -> list[str]:
     """A line per arm whose settings are not the published ones: it is another run of the method."""
     own = {one.arm: one.changed for one in found if one.changed}
     return [f"{arm} has {changed}: not as published." for arm, changed in own.items()]
 
 
-def _cells(one: Beside) -> list[str]:
+def cells(one: Beside) -> list[str]:
+    """An arm beside a published run, in COLUMNS."""
     return [
         one.arm,
         f"{one.own:.2f}",
@@ -61,10 +62,10 @@ def _span(pair: tuple[float, float], times: float, kind: str) -> str:
 
 def markdown(found: Sequence[Beside]) -> str:
     """The same as a Markdown table, with where each number was read."""
-    head = " | ".join([*_COLUMNS, "source"])
+    head = " | ".join([*COLUMNS, "source"])
     lines = [f"| {head} |", "| --- |" + " ---: |" * 2 + " --- | --- |" + " ---: |" * 3 + " --- |"]
-    lines += ["| " + " | ".join([*_cells(one), one.source]) + " |" for one in found]
-    return "\n".join([*lines, "", *(f"- {text}" for text in (*_changes(found), NOTE)), ""])
+    lines += ["| " + " | ".join([*cells(one), one.source]) + " |" for one in found]
+    return "\n".join([*lines, "", *(f"- {text}" for text in (*changes(found), NOTE)), ""])
 
 
 def draw_curves(

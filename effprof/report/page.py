@@ -39,13 +39,25 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Prose:
+    """Sentences, or with ``typed`` command lines that a button copies."""
+
+    title: str
+    lines: Sequence[str]
+    typed: bool = False
+
+
+Section = Chart | Grid | Prose
+
+
+@dataclass(frozen=True)
 class Page:
     """``tiles`` are the few figures that answer first: (name, value, good | bad | "")."""
 
     title: str
     subtitle: str
     tiles: Sequence[tuple[str, str, str]] = ()
-    sections: Sequence[Chart | Grid] = ()
+    sections: Sequence[Section] = ()
     notes: Sequence[str] = field(default=())
 
 
@@ -61,10 +73,12 @@ def render(page: Page) -> str:
             for name, value, mood in page.tiles
         )
         parts.append(f'<dl class="tiles">{tiles}</dl>')
-    parts += [
-        _chart(one, charts.index(one)) if isinstance(one, Chart) else _grid(one)
-        for one in page.sections
-    ]
+    numbers = iter(range(len(charts)))
+    for one in page.sections:
+        if isinstance(one, Chart):
+            parts.append(_chart(one, next(numbers)))
+        else:
+            parts.append(_grid(one) if isinstance(one, Grid) else _prose(one))
     parts += [f'<p class="note">{_text(note)}</p>' for note in page.notes]
     parts.append(f"<footer>effprof {_text(version('effprof'))}</footer>")
     data = {"charts": [{"kind": one.kind, "data": one.data} for one in charts], "colours": COLOURS}
@@ -117,6 +131,19 @@ def _grid(grid: Grid) -> str:
     if grid.folded:
         return f"<details><summary>{_text(grid.title)}</summary>{table}</details>"
     return f"<section><h2>{_text(grid.title)}</h2>{table}</section>"
+
+
+def _prose(prose: Prose) -> str:
+    if prose.typed:
+        copied = '<button type="button">Copy</button>'
+        words = [  # a line breaks between words, not inside --flag
+            " ".join(f"<span>{_text(word)}</span>" for word in one.split(" "))
+            for one in prose.lines
+        ]
+        lines = [f'<div class="typed"><code>{one}</code>{copied}</div>' for one in words]
+    else:
+        lines = [f"<p>{_text(one)}</p>" for one in prose.lines]
+    return f"<section><h2>{_text(prose.title)}</h2>{''.join(lines)}</section>"
 
 
 def _is_text(column: Sequence[str]) -> bool:

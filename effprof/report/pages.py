@@ -7,7 +7,9 @@ from typing import Any
 
 from effprof import published
 from effprof.errors import UsageError
-from effprof.report.page import Chart, Grid, Page
+from effprof.report.bench_page import page as of_bench
+from effprof.report.page import Chart, Grid, Page, Section
+from effprof.report.recommend_page import page as of_recommend
 from effprof.report.sections import (
     bars,
     buckets,
@@ -17,6 +19,7 @@ from effprof.report.sections import (
     fit_tiles,
     headline,
     peak_tiles,
+    scatter,
     settings,
     stack,
     timelines,
@@ -75,7 +78,7 @@ def _of_estimate(subject: Subject) -> Page:
 def _of_trace(subject: Subject) -> Page:
     document = subject.document
     title, subtitle = headline(document["plan"])
-    sections: list[Chart | Grid] = []
+    sections: list[Section] = []
     notes: list[str] = []
     if "timeline" in document:
         data = document["timeline"]
@@ -102,7 +105,8 @@ def _of_trace(subject: Subject) -> Page:
 def _of_snapshot(subject: Subject) -> Page:
     assert subject.recorded is not None
     peak = max(sum(one.by_role.values()) for one in subject.recorded.instants)
-    sections, _ = timelines(subject, source="recorded")
+    data = subject.recorded.as_dict()
+    sections = [Chart("Memory over an update, recorded", "timeline", data, data["title"])]
     notes = ["Sizes are those asked for; what was there before the recording began is left out."]
     if set(subject.recorded.tape.roles) == {"workspace"}:
         notes.append("Roles are told apart in snapshots that effprof wrote only.")
@@ -131,7 +135,7 @@ def _of_probe(subject: Subject) -> Page:
     stacks = [stack("estimated", expected)]
     if any(role in memory for role in ROLES):
         stacks.append(stack("measured", memory))
-    sections: list[Chart | Grid] = [
+    sections: list[Section] = [
         bars("Estimated against measured", stacks, "Bytes by role at the peak."),
         *buckets(document),
     ]
@@ -147,7 +151,7 @@ def _of_probe(subject: Subject) -> Page:
         ]
         head = ("tensor", "role", "count", "bytes")
         sections.append(Grid("Tensors that only one side has at its peak", head, rows))
-    shown, notes = timelines(subject, source="recorded")
+    shown, notes = timelines(subject)
     sections += shown
     if document["detail"]:
         notes.insert(0, document["detail"])
@@ -197,13 +201,14 @@ def _of_compare(subject: Subject) -> Page:
         for name, row in zip(labels, rows, strict=True)
         if row["perplexity"] is not None
     ]
-    sections: list[Chart | Grid] = []
+    sections: list[Section] = []
     if points:
         known = published.lineages().get(document["lineage"])
         who = known.title if known else document["lineage"]
         none = f"{len(rows) - len(points)} plans have none"
         note = f"Perplexities of one group of papers, {who}; {none}."
-        sections.append(Chart("Memory against perplexity", "scatter", points, note))
+        data = scatter(points, "memory of the process, GiB", GIB)
+        sections.append(Chart("Memory against perplexity", "scatter", data, note))
     stacks = [stack(name, row) for name, row in zip(labels, rows, strict=True)]
     sections.append(bars("Memory of the process", stacks, "By role at each plan's own peak."))
     sections.append(_comparison(labels, rows, timed=any(row["update_seconds"] for row in rows)))
@@ -303,4 +308,6 @@ _PAGES = {
     "trace": _of_trace,
     "estimate": _of_estimate,
     "snapshot": _of_snapshot,
+    "recommend": of_recommend,
+    "bench": of_bench,
 }

@@ -31,7 +31,7 @@ def show_recommendation(found: Recommendation) -> None:
         plan = best.estimate.plan
         out.print(Text(f"→ {title(plan)} at {batch(plan)}", style="bold green"))
     for reason in found.reasons:
-        out.print(Padding(reason, (0, 0, 0, 2)))
+        out.print(Padding(reason, (0, 0, 0, 2), expand=False))
     if best is None:
         _show_remedies(found)
     else:

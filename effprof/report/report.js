@@ -28,24 +28,43 @@ function axes(width, height, x, y, margin) {
   const ticks = y.ticks || steps(y.low, y.high, height / 60), format = y.format || short;
   const wide = Math.max(...ticks.map(at => format(at).length), 1) * 6.8;
   const m = { left: 32 + wide, right: 14, top: 14, bottom: 42, ...margin }, log = y.log ? Math.log : one => one;
-  const [y0, y1] = [log(y.low), log(y.high)];
-  const px = at => m.left + (at - x.low) / (x.high - x.low || 1) * (width - m.left - m.right);
+  const [y0, y1] = [log(y.low), log(y.high)], flat = x.log ? Math.log : one => one, long = width - m.left - m.right;
+  const [x0, x1] = [flat(x.low), flat(x.high)];
+  const px = at => m.left + (flat(at) - x0) / (x1 - x0 || 1) * long;
   const py = at => height - m.bottom - (log(at) - y0) / (y1 - y0 || 1) * (height - m.top - m.bottom);
   const parts = [];
   for (const at of ticks) {
     parts.push(`<line class="grid" x1="${m.left}" x2="${width - m.right}" y1="${py(at)}" y2="${py(at)}"/>`,
       `<text x="${m.left - 7}" y="${py(at) + 4}" text-anchor="end">${format(at)}</text>`);
   }
-  for (const at of x.hidden ? [] : steps(x.low, x.high, (width - m.left) / 90)) {
+  for (const at of x.hidden ? [] : x.ticks || steps(x.low, x.high, (width - m.left) / 90)) {
     parts.push(`<text x="${px(at)}" y="${height - m.bottom + 17}" text-anchor="middle">${(x.format || short)(at)}</text>`);
   }
   parts.push(`<text class="soft" x="${(m.left + width - m.right) / 2}" y="${height - 5}" text-anchor="middle">${escaped(x.title)}</text>`,
     `<text class="soft" transform="translate(12 ${(m.top + height - m.bottom) / 2}) rotate(-90)" text-anchor="middle">${escaped(y.title)}</text>`);
-  return { px, py, parts, m, back: at => x.low + (at - m.left) / (width - m.left - m.right) * (x.high - x.low) };
+  const back = at => x0 + (at - m.left) / long * (x1 - x0);
+  return { px, py, parts, m, back: at => x.log ? Math.exp(back(at)) : back(at) };
 }
 
-const legend = items => `<div class="legend">${items.map(([name, colour, ring]) =>
-  `<span><i ${ring ? `class="ring" style="color:${colour}"` : `style="background:${colour}"`}></i>${escaped(name)}</span>`).join("")}</div>`;
+/* Round numbers between low and high of a logarithmic axis, about `wanted` of them. */
+function decades(low, high, wanted) {
+  if (high < 2 * low) return steps(low, high, wanted);
+  const found = (digits) => {
+    const list = [];
+    for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) list.push(...digits.map(one => +(one * 10 ** power).toPrecision(6)));
+    return list.filter(one => low <= one && one <= high);
+  };
+  return [[1, 1.5, 2, 3, 4, 5, 7], [1, 2, 5], [1, 3], [1]].map(found).find(list => list.length <= wanted) || found([1]);
+}
+
+/* Items are [name, colour, ring, dash]: a square, a ring, or a piece of a dashed line. */
+const legend = items => `<div class="legend">${items.map(([name, colour, ring, dash]) => {
+  let end = 0;
+  const pieces = (dash || "").split(" ").map((long, i) => `${i % 2 ? "transparent" : colour} ${end}px ${end += +long}px`);
+  const drawn = dash ? ` class="dash" style="background:repeating-linear-gradient(90deg, ${pieces.join(", ")})"`
+    : ring ? ` class="ring" style="color:${colour}"` : ` style="background:${colour}"`;
+  return `<span><i${drawn}></i>${escaped(name)}</span>`;
+}).join("")}</div>`;
 const svg = (width, height, parts) => `<svg height="${height}" viewBox="0 0 ${width} ${height}">${parts.join("")}</svg>`;
 const rows = list => `<table>${list.map(one => `<tr>${one.map(cell => `<td>${cell}</td>`).join("")}</tr>`).join("")}</table>`;
 
@@ -62,7 +81,7 @@ const charts = {
   timeline(box, data, width) {
     const at = data.instants, height = width < 600 ? 300 : 400, total = one => sum(one[1]);
     const first = at[0][0], last = Math.max(at[at.length - 1][0], first + 1);
-    const top = Math.max(data.reserved || 0, ...at.map(total)) * 1.04;
+    const top = Math.max(data.top || 0, data.reserved || 0, ...at.map(total)) * 1.04;
     const small = top < GIB / 2, unit = small ? 2 ** 20 : GIB;
     const plot = axes(width, height, { low: first, high: last, hidden: true, title: "allocations and frees, in order" },
       { low: 0, high: top, ticks: steps(0, top / unit, height / 60).map(one => one * unit),
@@ -124,69 +143,112 @@ const charts = {
     follow(box, width, (x, y, target) => { if (target.dataset.tip) box.querySelector(".tip").textContent = target.dataset.tip; });
   },
 
-  /* data: {series: [{name, points: [[x, y]], dots}], x, y, unit}: curves over updates. */
+  /* data: {series: [{name, points: [[x, y]], dots, lost: [x]}], x, y, unit, log, low, high}: curves over updates;
+     `log` makes both axes logarithmic, `lost` are crosses where a run diverged. */
   lines(box, data, width) {
-    const height = width < 600 ? 240 : 300, every = data.series.flatMap(one => one.points);
-    const xs = every.map(one => one[0]), ys = every.map(one => one[1]), scale = data.unit === "GiB" ? GIB : 1;
-    const low = data.zero ? 0 : Math.min(...ys), high = Math.max(...ys), room = (high - low || Math.abs(high) || 1) * 0.05;
-    const format = one => short(one / scale), bottom = data.zero ? 0 : low - room;
-    const plot = axes(width, height, { low: Math.min(...xs), high: Math.max(...xs), title: data.x },
-      { low: bottom, high: high + room, format, title: data.y,
-        ticks: steps(bottom / scale, (high + room) / scale, height / 60).map(one => one * scale) });
-    const { px, py, m, parts } = plot;
+    const height = width < 600 ? 260 : data.series.length > 6 ? 400 : 300, every = data.series.flatMap(one => one.points);
+    const xs = data.series.flatMap(one => [...one.points.map(point => point[0]), ...(one.lost || [])]), ys = every.map(one => one[1]);
+    const scale = data.unit === "GiB" ? GIB : 1, low = data.zero ? 0 : Math.min(...ys), high = data.high || Math.max(...ys);
+    const room = data.log ? 0 : (high - low || Math.abs(high) || 1) * 0.05, format = one => short(one / scale);
+    const bottom = data.log ? low / 1.06 : data.zero ? 0 : low - room, top = data.log ? high * 1.06 : high + room;
+    const [first, last] = [Math.min(...xs), Math.max(...xs)], wide = data.log ? 1.15 : 1;
+    const plot = axes(width, height,
+      { low: first / wide, high: last * wide, log: data.log, title: data.x, ticks: data.log && decades(first / wide, last * wide, width / 60) },
+      { low: bottom, high: top, log: data.log, format, title: data.y, ticks: data.log ? decades(bottom, top, height / 30)
+        : steps(bottom / scale, top / scale, height / 60).map(one => one * scale) });
+    const { px, py, m, parts } = plot, many = data.series.length > 4;
+    const colour = i => data.series[i].colour || PALETTE[i % PALETTE.length];
+    const dash = i => data.series[i].dashed ? "5 4" : ["", "6 3", "2 3", "9 3 2 3"][Math.floor(i / PALETTE.length) % 4];
     data.series.forEach((one, i) => {
-      const colour = one.colour || PALETTE[i % PALETTE.length], points = one.points.map(([x, y]) => `${px(x).toFixed(1)},${py(y).toFixed(1)}`);
-      if (points.length > 1) parts.push(`<polyline fill="none" stroke="${colour}" stroke-width="1.8" ${one.dashed ? `stroke-dasharray="5 4"` : ""} points="${points.join(" ")}"/>`);
-      if (one.dots || points.length === 1) one.points.forEach(([x, y]) => parts.push(`<circle cx="${px(x)}" cy="${py(y)}" r="4" fill="${colour}"/>`));
+      const points = one.points.filter(([, y]) => y <= top).map(([x, y]) => `${px(x).toFixed(1)},${py(y).toFixed(1)}`);
+      parts.push(`<g data-series="${i}">`);
+      if (points.length > 1) parts.push(`<polyline fill="none" stroke="${colour(i)}" stroke-width="1.8" stroke-dasharray="${dash(i)}" points="${points.join(" ")}"/>`);
+      if (one.dots || points.length === 1) one.points.forEach(([x, y]) => parts.push(`<circle cx="${px(x)}" cy="${py(y)}" r="${many ? 3 : 4}" fill="${colour(i)}"/>`));
+      (one.lost || []).forEach(x => parts.push(`<path d="M${px(x) - 4} ${m.top - 2}l8 8m0 -8l-8 8" stroke="${colour(i)}" stroke-width="1.8"/>`));
+      parts.push("</g>");
     });
     parts.push(`<line class="cursor" visibility="hidden" y1="${m.top}" y2="${height - m.bottom}" stroke="var(--soft)"/>`);
-    const keys = data.series.map((one, i) => [one.name, one.colour || PALETTE[i % PALETTE.length]]);
+    const keys = data.series.map((one, i) => [one.name, colour(i), false, dash(i)]);
     box.innerHTML = (keys.length > 1 ? legend(keys) : "") + svg(width, height, parts) + `<div class="tip"></div>`;
-    const cursor = box.querySelector(".cursor"), near = at => one => one.points.reduce((a, b) =>
-      Math.abs(b[0] - at) < Math.abs(a[0] - at) ? b : a);
-    const show = at => {
-      const found = data.series.map(near(at)), place = found.reduce((a, b) => Math.abs(b[0] - at) < Math.abs(a[0] - at) ? b : a)[0];
+    const cursor = box.querySelector(".cursor"), tip = box.querySelector(".tip");
+    const near = at => one => one.points.reduce((a, b) => Math.abs(b[0] - at) < Math.abs(a[0] - at) ? b : a);
+    const mark = place => {
+      cursor.setAttribute("visibility", "visible");
       for (const end of ["x1", "x2"]) cursor.setAttribute(end, px(place));
-      box.querySelector(".tip").textContent = `${data.x} ${place}: ` + found.map(([x, y], i) =>
-        `${data.series[i].name} ${scale === GIB ? bytes(y) : short(y)}${x === place ? "" : ` (at ${x})`}`).join(" · ");
     };
-    follow(box, width, x => { cursor.setAttribute("visibility", "visible"); show(plot.back(x)); });
-    show(Math.max(...xs));
+    const together = at => {
+      const found = data.series.map(near(at)), place = found.reduce((a, b) => Math.abs(b[0] - at) < Math.abs(a[0] - at) ? b : a)[0];
+      mark(place);
+      tip.textContent = `${data.x} ${short(place)}: ` + found.map(([x, y], i) =>
+        `${data.series[i].name} ${scale === GIB ? bytes(y) : short(y)}${x === place ? "" : ` (at ${short(x)})`}`).join(" · ");
+    };
+    const alone = chosen => {
+      box.querySelectorAll("[data-series]").forEach(one => { one.style.opacity = chosen === undefined || +one.dataset.series === chosen ? 1 : 0.2; });
+      box.querySelectorAll(".legend span").forEach((one, i) => one.classList.toggle("chosen", i === chosen));
+    };
+    const closest = (x, y) => {
+      const found = data.series.map((one, i) => {
+        const point = one.points.reduce((a, b) => Math.abs(px(b[0]) - x) < Math.abs(px(a[0]) - x) ? b : a);
+        return [Math.hypot(px(point[0]) - x, py(point[1]) - y), i, point];
+      }).reduce((a, b) => b[0] < a[0] ? b : a);
+      alone(found[1]);
+      mark(found[2][0]);
+      tip.textContent = `${data.series[found[1]].name}: ${data.y.split(",")[0]} ${short(found[2][1])} at ${data.x.split(",")[0]} ${short(found[2][0])}`;
+    };
+    follow(box, width, (x, y) => many ? closest(x, y) : together(plot.back(x)));
+    if (!many) { together(last); cursor.setAttribute("visibility", "hidden"); return; }
+    tip.textContent = "Point at a curve, or at a name, for its numbers.";
+    box.querySelectorAll(".legend span").forEach((one, i) => one.addEventListener("pointerenter", () => {
+      const point = data.series[i].points[data.series[i].points.length - 1];
+      closest(px(point[0]), py(point[1])), alone(i);
+      tip.textContent = `${data.series[i].name}: ${data.y.split(",")[0]} ${short(point[1])} at ${data.x.split(",")[0]} ${short(point[0])}`;
+    }));
+    box.addEventListener("pointerleave", () => { alone(); cursor.setAttribute("visibility", "hidden"); });
   },
 
-  /* data: [{name, x, y, low, high, best, exact, text}]: x bytes, y perplexity. */
+  /* data: {points: [{name, x, y, low, high, best, exact, text, size}], x, y, unit, log, limit, best, rest, note}:
+     x over unit against y; `limit` is a line that x may not cross, `size` makes a disc's area. */
   scatter(box, data, width) {
-    const height = width < 600 ? 340 : 440, xs = data.map(one => one.x), ys = data.flatMap(one => [one.low, one.high, one.y]);
-    const room = (Math.max(...xs) - Math.min(...xs) || Math.max(...xs)) * 0.06;
+    const { points, unit } = data, height = width < 600 ? 340 : 440, ys = points.flatMap(one => [one.low, one.high, one.y]);
+    const xs = [...points.map(one => one.x), ...(data.limit ? [data.limit] : [])], [least, most] = [Math.min(...xs), Math.max(...xs)];
+    const room = Math.max((most - least) * 0.06, most * 0.05), far = data.log && most > 4 * least;
+    const [left, right] = far ? [least / 1.15, most * 1.15] : [Math.max(least - room, 0), most + room];
     const log = Math.max(...ys) > 2 * Math.min(...ys), spread = (Math.max(...ys) - Math.min(...ys) || Math.max(...ys)) * 0.1;
     const low = log ? Math.min(...ys) * 0.92 : Math.min(...ys) - spread, high = log ? Math.max(...ys) * 1.08 : Math.max(...ys) + spread;
-    const decades = [1, 10, 100, 1e3, 1e4, 1e5].flatMap(power => [1, 1.5, 2, 3, 4, 5, 7].map(one => one * power));
-    const ticks = high < 5 * low ? steps(low, high, height / 60) : decades.filter(one => low <= one && one <= high);
-    const plot = axes(width, height, { low: Math.min(...xs) - room, high: Math.max(...xs) + room, title: "memory of the process, GiB", hidden: true },
-      { low, high, log, ticks, title: log ? "perplexity, log scale" : "perplexity" }, { right: 20 });
-    const { px, py, m, parts } = plot;
-    for (const at of steps((Math.min(...xs) - room) / GIB, (Math.max(...xs) + room) / GIB, (width - m.left) / 90)) {
-      parts.push(`<text x="${px(at * GIB)}" y="${height - m.bottom + 17}" text-anchor="middle">${short(at)}</text>`);
+    const ticks = log ? decades(low, high, height / 30) : steps(low, high, height / 60), wanted = (width - 60) / 90;
+    const across = (far ? decades(left / unit, right / unit, wanted) : steps(left / unit, right / unit, wanted)).map(one => one * unit);
+    const plot = axes(width, height, { low: left, high: right, log: far, title: data.x + (far ? ", log scale" : ""), ticks: across, format: one => short(one / unit) },
+      { low, high, log, ticks, title: data.y + (log ? ", log scale" : "") }, { right: 20 });
+    const { px, py, m, parts } = plot, big = Math.max(...points.map(one => one.size || 0)), sizes = one => one.size ? 5 + 9 * Math.sqrt(one.size / big) : 6;
+    if (data.limit) {
+      const x = px(data.limit);
+      parts.push(`<rect x="${x}" y="${m.top}" width="${Math.max(width - m.right - x, 0)}" height="${height - m.bottom - m.top}" fill="var(--shade)"/>`,
+        `<line x1="${x}" x2="${x}" y1="${m.top}" y2="${height - m.bottom}" stroke="var(--bad)" stroke-dasharray="5 4"/>`);
     }
-    const front = data.filter(one => one.best).sort((a, b) => a.x - b.x).map(one => `${px(one.x)},${py(one.y)}`);
+    const front = points.filter(one => one.best).sort((a, b) => a.x - b.x).map(one => `${px(one.x)},${py(one.y)}`);
     parts.push(`<polyline fill="none" stroke="${MARK}" stroke-width="1.5" points="${front.join(" ")}"/>`);
-    const taken = data.map(one => [px(one.x) - 7, py(one.y) - 7, px(one.x) + 7, py(one.y) + 7]);
+    const taken = points.map(one => [px(one.x) - sizes(one) - 1, py(one.y) - sizes(one) - 1, px(one.x) + sizes(one) + 1, py(one.y) + sizes(one) + 1]);
     const free = (x, y, w) => x >= m.left && x + w <= width - 2 && y - 11 >= 2 && y <= height - m.bottom
       && !taken.some(([a, b, c, d]) => x < c && x + w > a && y - 11 < d && y + 2 > b);
-    [...data].map((one, i) => [one, i]).sort((a, b) => b[0].best - a[0].best).forEach(([one, i]) => {
-      const colour = one.best ? MARK : "var(--soft)", x = px(one.x), y = py(one.y);
+    [...points].map((one, i) => [one, i]).sort((a, b) => b[0].best - a[0].best).forEach(([one, i]) => {
+      const colour = one.best ? MARK : "var(--soft)", x = px(one.x), y = py(one.y), r = sizes(one);
       if (one.high > one.low) parts.push(`<line x1="${x}" x2="${x}" y1="${py(one.low)}" y2="${py(one.high)}" stroke="${colour}" opacity=".6"/>`);
-      parts.push(one.exact ? `<circle data-i="${i}" cx="${x}" cy="${y}" r="6" fill="${colour}"/>`
-        : `<rect data-i="${i}" x="${x - 5}" y="${y - 5}" width="10" height="10" fill="var(--paper)" stroke="${colour}" stroke-width="2"/>`);
-      const w = one.name.length * 6.7, places = [[x + 9, y - 6], [x + 9, y + 14], [x - 9 - w, y - 6], [x - 9 - w, y + 14], [x - w / 2, y - 12], [x - w / 2, y + 22]];
-      const place = places.find(([a, b]) => free(a, b, w));
+      parts.push(one.exact ? `<circle data-i="${i}" cx="${x}" cy="${y}" r="${r}" fill="${colour}"${one.size ? ` fill-opacity=".55" stroke="${colour}"` : ""}/>`
+        : `<rect data-i="${i}" x="${x - r + 1}" y="${y - r + 1}" width="${2 * r - 2}" height="${2 * r - 2}" fill="var(--paper)" fill-opacity=".5" stroke="${colour}" stroke-width="2"/>`);
+      const w = one.name.length * 6.7, aside = r + 3;
+      const places = [[x + aside, y - 6], [x + aside, y + 14], [x - aside - w, y - 6], [x - aside - w, y + 14], [x - w / 2, y - r - 6], [x - w / 2, y + r + 16]];
+      const away = (other, a, b) => Math.hypot(Math.max(a - px(other.x), px(other.x) - a - w, 0), Math.max(b - 11 - py(other.y), py(other.y) - b - 2, 0));
+      const own = ([a, b]) => points.every(other => other === one || away(other, a, b) > away(one, a, b));
+      const place = places.find(([a, b]) => free(a, b, w) && own([a, b]));
       if (!place) return;  // pointing at it still names it
       taken.push([place[0], place[1] - 11, place[0] + w, place[1] + 2]);
       parts.push(`<text x="${place[0]}" y="${place[1]}"${one.best ? "" : ` class="soft"`}>${escaped(one.name)}</text>`);
     });
-    box.innerHTML = legend([["on the Pareto front", MARK], ["behind it", "var(--soft)"]]) + svg(width, height, parts)
-      + `<div class="tip">A disc is published, a square interpolated. Point at one.</div>`;
-    const nearest = (x, y) => data.reduce((a, b) => Math.hypot(px(b.x) - x, py(b.y) - y) < Math.hypot(px(a.x) - x, py(a.y) - y) ? b : a);
+    const keys = [[data.best || "on the Pareto front", MARK]];
+    if (points.some(one => !one.best)) keys.push([data.rest || "behind it", "var(--soft)"]);
+    if (data.limit) keys.push([data.limited, "var(--bad)"]);
+    box.innerHTML = legend(keys) + svg(width, height, parts) + `<div class="tip">${escaped(data.note)}</div>`;
+    const nearest = (x, y) => points.reduce((a, b) => Math.hypot(px(b.x) - x, py(b.y) - y) < Math.hypot(px(a.x) - x, py(a.y) - y) ? b : a);
     follow(box, width, (x, y) => { box.querySelector(".tip").textContent = nearest(x, y).text; });
   },
 };
@@ -200,3 +262,12 @@ let drawn = 0;
 addEventListener("resize", () => { if (drawn !== innerWidth) { drawn = innerWidth; draw(); } });
 drawn = innerWidth;
 draw();
+
+for (const one of document.querySelectorAll(".typed")) {
+  const [text, button] = one.children;
+  button.addEventListener("click", async () => {
+    getSelection().selectAllChildren(text);
+    try { await navigator.clipboard.writeText(text.textContent); button.textContent = "Copied"; }
+    catch { button.textContent = "Selected"; }  // a browser that lets no page write: Ctrl-C takes it
+  });
+}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from effprof.errors import UsageError
-from effprof.report.page import Chart, Grid
+from effprof.report.page import Chart, Grid, Section
 from effprof.report.subject import Subject
 from effprof.report.timeline import timeline
 from effprof.tape import ROLES
@@ -15,7 +15,7 @@ from effprof.units import duration, gib, quantity
 _ABOVE = {"unused in segments": "#c7b9a0", "CUDA context": "#7a6f8f"}
 
 
-def _estimated(plan: Mapping[str, Any]) -> tuple[Any, str]:
+def estimated(plan: Mapping[str, Any]) -> tuple[Any, str]:
     """This version's estimate of a document's plan, or None and why there is none."""
     from effprof.estimator.estimate import estimate
     from effprof.plan import from_dict
@@ -26,19 +26,28 @@ def _estimated(plan: Mapping[str, Any]) -> tuple[Any, str]:
         return None, f"The estimated timeline is left out: {problem.message}"
 
 
-def timelines(subject: Subject, source: str = "") -> tuple[list[Chart | Grid], list[str]]:
-    """The measured or traced timeline where there is one, and the estimate's of the same plan."""
-    sections: list[Chart | Grid] = []
+def timelines(subject: Subject) -> tuple[list[Section], list[str]]:
+    """The measured timeline where there is one, and the estimate's of the same plan to one scale;
+    notes say why one is missing.
+    """
+    drawn: dict[str, Any] = {}
+    measured, notes = subject.document.get("timeline"), []
     if subject.recorded is not None:
-        data = subject.recorded.as_dict()
-        sections.append(Chart(f"Memory over an update, {source}", "timeline", data, data["title"]))
-        return sections, []
-    expected, why = _estimated(subject.document["plan"])
-    if expected is None:
-        return sections, [why]
-    data = timeline(expected.plan, expected.memory).as_dict()
-    title = "Memory over an update, estimated"
-    return [Chart(title, "timeline", data, data["title"])], []
+        measured = subject.recorded.as_dict()
+    if measured:
+        drawn["measured"] = measured
+    plan = subject.document.get("plan")
+    expected, why = estimated(plan) if plan else (None, "")
+    if expected is not None:
+        drawn["estimated"] = timeline(expected.plan, expected.memory).as_dict()
+    elif why:
+        notes.append(why)
+    top = max((max(sum(one[1]) for one in data["instants"]) for data in drawn.values()), default=0)
+    found: list[Section] = [
+        Chart(f"Memory over an update, {name}", "timeline", {**data, "top": top}, data["title"])
+        for name, data in drawn.items()
+    ]
+    return found, notes
 
 
 def headline(plan: Mapping[str, Any]) -> tuple[str, str]:
@@ -80,6 +89,12 @@ def bars(title: str, rows: list[dict[str, Any]], note: str = "") -> Chart:
     return Chart(title, "bars", {"rows": rows, "colours": _ABOVE}, note)
 
 
+def scatter(points: list[dict[str, Any]], x: str, unit: int, **more: Any) -> dict[str, Any]:
+    """What report.js draws of points whose x is in bytes or seconds, shown over ``unit``."""
+    note = "A disc is published, a square interpolated. Point at one."
+    return {"points": points, "x": x, "y": "perplexity", "unit": unit, "note": note, **more}
+
+
 def peak_tiles(memory: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     tiles = [("peak allocated", gib(memory["peak_allocated"]), "")]
     if memory.get("process_total") is not None:
@@ -97,7 +112,7 @@ def fit_tiles(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return [(f"does not fit {fit['gpu']}", f"{spare} short", "bad")]
 
 
-def cards(document: Mapping[str, Any]) -> list[Chart | Grid]:
+def cards(document: Mapping[str, Any]) -> list[Section]:
     rows = [
         (fit["gpu"], gib(fit["memory"], 1), "yes" if fit["fits"] else "no", gib(fit["headroom"]))
         for fit in document["fits"]
@@ -109,9 +124,9 @@ def error_of(one: Mapping[str, Any]) -> str:
     return "" if one["error"] is None else f"{100 * one['error']:+.2f} %"
 
 
-def buckets(document: Mapping[str, Any]) -> list[Chart | Grid]:
+def buckets(document: Mapping[str, Any]) -> list[Section]:
     """Estimated beside measured, at the peak and between updates."""
-    found: list[Chart | Grid] = []
+    found: list[Section] = []
     for when, title in (("peak", "At the peak"), ("resident", "Held between updates")):
         rows = []
         for one in document["comparison"]:
@@ -124,7 +139,7 @@ def buckets(document: Mapping[str, Any]) -> list[Chart | Grid]:
     return found
 
 
-def curves(subjects: Sequence[Subject]) -> list[Chart | Grid]:
+def curves(subjects: Sequence[Subject]) -> list[Section]:
     """What changed over the updates, one curve per run."""
     alone = len(subjects) == 1
 
@@ -141,7 +156,7 @@ def curves(subjects: Sequence[Subject]) -> list[Chart | Grid]:
                 else f"{one.name}{' ' + more if more else ''}"
             )
             if points:
-                found.append({"name": name, "points": _thinned(points), "dots": bool(more)})
+                found.append({"name": name, "points": thinned(points), "dots": bool(more)})
         return found
 
     losses = series("loss") + series("validation_loss", "validation")
@@ -158,7 +173,7 @@ def curves(subjects: Sequence[Subject]) -> list[Chart | Grid]:
     ]
 
 
-def _thinned(points: list[list[Any]], most: int = 800) -> list[list[Any]]:
+def thinned(points: list[Any], most: int = 800) -> list[Any]:
     """Means over equal pieces, where there are more points than a screen has pixels."""
     piece = -(-len(points) // most)
     if piece == 1:

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from effprof.bench import DOCUMENT, JOURNAL
 from effprof.errors import EffprofError, UsageError
-from effprof.report.timeline import Timeline, timeline, whole
+from effprof.report.timeline import Timeline, recorded, whole
 
 _HINT = (
-    "Give a run's folder, a document that --json printed, a recording, a memory snapshot, or the "
-    "number of a measurement (effprof probe --list)."
+    "Give the folder of a run or a bench, a document that --json printed, a recording, a memory "
+    "snapshot, or the number of a measurement (effprof probe --list)."
 )
 
 
@@ -36,10 +37,10 @@ class Subject:
 
 
 def read(text: str) -> Subject:
-    """A run's folder, a file, or a measurement's number. Raises UsageError for anything else."""
+    """The folder of a run or a bench, a file, or a measurement's number. Raises UsageError."""
     path = Path(text)
     if path.is_dir():
-        return _run(path)
+        return _bench(path) if (path / JOURNAL).is_file() else _run(path)
     if text.isdecimal() and not path.exists():
         from effprof.measure import store
 
@@ -61,20 +62,14 @@ def read(text: str) -> Subject:
 
 def _recording(path: Path, problem: ValueError) -> Subject:
     """A file of records, as ``probe --record`` writes it: its tape is the measured one."""
-    from effprof.estimator.memory import measure
-    from effprof.prober.compare import card_of, compare
+    from effprof.prober.compare import compare
     from effprof.prober.records import replay
 
     with path.open(encoding="utf-8", errors="replace") as file:
         if '"record"' not in file.readline():
             raise UsageError(f"{str(path)!r} is not JSON: {problem}.", _HINT) from None
     found = compare(replay(path), named=True)
-    probe, shown = found.probe, None
-    if probe.tape is not None and probe.tape.events:
-        card = card_of(probe)
-        memory = measure(probe.plan, probe.tape, *([card] if card else []))
-        shown = timeline(probe.plan, memory)
-    return Subject(path.stem, found.as_dict(), recorded=shown)
+    return Subject(path.stem, found.as_dict(), recorded=recorded(found.probe))
 
 
 def _snapshot(path: Path) -> Subject:
@@ -93,6 +88,17 @@ def _snapshot(path: Path) -> Subject:
         raise EffprofError(f"{str(path)!r} records no allocation.", "Record a step of training.")
     shown = whole(tape, f"{path.name}, device {device}")
     return Subject(path.stem, {"schema": "effprof.snapshot/1"}, recorded=shown)
+
+
+def _bench(folder: Path) -> Subject:
+    """A study's folder, finished or not: its document, as its last trial left it."""
+    if not (folder / DOCUMENT).is_file():
+        raise UsageError(
+            f"{str(folder)!r} is a bench without {DOCUMENT}.",
+            f"`effprof bench SPEC.toml --out {folder} --summary` writes it.",
+        )
+    found = read(str(folder / DOCUMENT))
+    return Subject(folder.resolve().name, found.document)
 
 
 def _run(folder: Path) -> Subject:

@@ -13,6 +13,7 @@ from effprof.tape import ROLES, Tape, sizes_of
 if TYPE_CHECKING:
     from effprof.estimator.memory import Memory
     from effprof.plan import Plan
+    from effprof.prober.records import Probe
 
 _NAMED = 6  # groups of storages that hovering shows
 _POINTS = 600
@@ -54,9 +55,11 @@ def timeline(plan: Plan, memory: Memory) -> Timeline:
     every = readers.spans(tape, blocks)
     place = next(i for i, one in enumerate(every) if one.start <= peak.event < one.end)
     first = last = place
-    while first and every[first - 1].update == peak.update:
+    while first and not _begins(every, first) and every[first - 1].update == peak.update:
         first -= 1
-    while last + 1 < len(every) and every[last + 1].update == peak.update:
+    while last + 1 < len(every) and not _begins(every, last + 1):
+        if every[last + 1].update != peak.update:
+            break
         last += 1
     kept = _joined(every[first : last + 1])
     instants = readers.timeline(tape, blocks, kept[0].start, kept[-1].end, _POINTS)
@@ -68,10 +71,27 @@ def timeline(plan: Plan, memory: Memory) -> Timeline:
     return Timeline(title, instants, kept, memory.reserved, tape, blocks)
 
 
+def recorded(probe: Probe) -> Timeline | None:
+    """The timeline of what a probe recorded; None where it recorded none."""
+    from effprof.estimator.memory import measure
+    from effprof.prober.compare import card_of
+
+    if probe.tape is None or not probe.tape.events:
+        return None
+    card = card_of(probe)
+    return timeline(probe.plan, measure(probe.plan, probe.tape, *([card] if card else [])))
+
+
 def whole(tape: Tape, title: str) -> Timeline:
     """The timeline of everything on a tape of another program, which tells no phases."""
     instants = readers.timeline(tape, None, 0, len(tape.events), _POINTS)
     return Timeline(title, instants, [], None, tape, None)
+
+
+def _begins(every: list[Span], place: int) -> bool:
+    """Whether an update begins with this span: a recording has several of a kind in a row."""
+    after = place and every[place - 1].phase not in ("forward", "backward")
+    return bool(after) and every[place].phase == "forward"
 
 
 def _joined(every: list[Span]) -> list[Span]:

@@ -17,8 +17,8 @@
   const tips = [...document.querySelectorAll(".chart")].map(chart => {
     const drawing = chart.querySelector("svg"), frame = drawing.getBoundingClientRect(), said = new Set();
     const parts = drawing.querySelectorAll("rect");
-    for (let part = 0.05; part < 1; part += 0.1) {
-      const at = { clientX: frame.left + part * frame.width, clientY: frame.top + frame.height / 2, bubbles: true };
+    for (let part = 0.05, low = false; part < 1; part += 0.1, low = !low) {
+      const at = { clientX: frame.left + part * frame.width, clientY: frame.top + frame.height * (low ? 0.8 : 0.2), bubbles: true };
       const target = parts[Math.floor(part * parts.length)] || drawing;
       target.dispatchEvent(new PointerEvent("pointermove", at));
       said.add(chart.querySelector(".tip").textContent);
@@ -26,5 +26,5 @@
     return [...said];
   });
   const { color: ink, backgroundColor: paper } = getComputedStyle(document.body);
-  parent.postMessage({ problems, tips, heights, ink, paper, width: innerWidth }, "*");
+  parent.postMessage({ problems, tips, heights, ink, paper, width: innerWidth, page: location.pathname.split("/").pop() }, "*");
 }
