@@ -2,7 +2,8 @@
 
 A method comes in two halves. The *layer half* says what replaces a weight matrix and how it
 multiplies; the *update half* says what the optimizer keeps per tensor and how it moves it. A file
-that has only one half names the file of the other: ``LAYER = _dense`` or ``UPDATE = full``.
+that has only a layer half names the other's file, ``UPDATE = full``; one without a layer half keeps
+torch's Linear.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor as TorchTensor
 
 PACKAGE = "effprof.methods"
+KINDS = ("linear", "embedding", "head", "norm", "bias")  # of tensors that an update half can take
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "int32": 4, "int64": 8, "uint8": 1}
 INTEGERS = ("int32", "int64", "uint8")
 
@@ -310,7 +312,16 @@ def _module(name: str) -> Any:
     stem = name.lower().replace("_", "-")
     if stem not in names():
         raise unknown("method", name, names(), "`effprof methods` lists them.")
-    return importlib.import_module(f"{PACKAGE}.{stem.replace('-', '_')}")
+    from effprof import contract
+
+    file = stem.replace("-", "_")
+    try:
+        found = importlib.import_module(f"{PACKAGE}.{file}")
+    except Exception as problem:  # whatever somebody's file does while it is read
+        folders = importlib.import_module(PACKAGE).__path__
+        raise contract.broken(list(folders), file, problem) from problem
+    contract.check(found)
+    return found
 
 
 def method(name: str, update: str | None = None) -> Method:

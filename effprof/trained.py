@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from effprof.errors import UsageError
 from effprof.model import Matrix
 from effprof.recipe import Recipe
-from effprof.registry import ABSMAX, MASTER, QUANTISED_BLOCK, QUANTISED_FROM, Tensor
+from effprof.registry import ABSMAX, KINDS, MASTER, QUANTISED_BLOCK, QUANTISED_FROM, Tensor
 
 _STEPS = ("update", "refresh", "clip", "8bit")  # phases of an update half
 # Copies that are not made of an fp32 tensor whose states are fp32, too.
 _COPIES = ("upcast", "recast", "downcast", "mixed", "remixed")
-_KINDS = ("linear", "embedding", "head", "norm", "bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +71,7 @@ def trained(
     for tensor in taken:
         own = matrix if matrix.count > 1 else _own_matrix(matrix, tensor)
         kind = ("bias" if own.flat else "linear") if targeted else matrix.kind
-        if kind not in _KINDS:
+        if kind not in KINDS:
             kind = "linear"  # an untargeted projection
         covered = kind in recipe.halves.update.COVERS and (targeted or kind != "linear")
         found.append(_one(recipe, own, (tensor,), tokens, covered=covered, on_cpu=on_cpu))
