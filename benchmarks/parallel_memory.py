@@ -41,7 +41,7 @@ def main() -> None:
                 print(f"{parallel:<6}{method:<18}{refused.message}")
     tasks = [{"what": "tape", "plan": plan.as_dict()} for plan in plans]
     with tempfile.TemporaryDirectory() as folder:
-        answers = run(tasks, 2, Path(folder))
+        (answers,) = run([(2, tasks)], Path(folder))
     print(f"{'':<24}{'estimated MiB':>15}{'recorded MiB':>15}{'error %':>10}")
     for plan, (found, _) in zip(plans, answers, strict=True):
         estimated, recorded = memory(work_out(plan)).peak.size, peak(Tape(**found)).size

@@ -72,7 +72,7 @@ def dies_at(call: int) -> Callable[[], None]:
         return wrapped
 
     def prepare() -> None:
-        for name in ("save_file", "digest", "_flush", "_surplus"):
+        for name in ("save_file", "digest", "flush", "_surplus"):
             setattr(checkpoint, name, counting(getattr(checkpoint, name)))
         Path.rename = counting(Path.rename)  # type: ignore[method-assign]
         os.replace = counting(os.replace)

@@ -1,9 +1,14 @@
-"""What each of several processes runs in tests/test_parallel.py: many small plans, one group."""
+"""What each of several processes runs in tests/test_parallel.py: many small plans and runs, one
+group.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,61 +17,93 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.models.llama.modeling_llama  # noqa: F401 - once, before the forks
 from torch import distributed as dist
 
+from effprof.errors import EffprofError
 from effprof.measure.recorder import CpuRecorder
 from effprof.phase import listening
 from effprof.plan import Plan, from_dict
-from effprof.trainer import synthetic
+from effprof.trainer import dcp, launch, loop, sharding, synthetic  # noqa: F401 - before forks
 from effprof.trainer.build import build
 from effprof.trainer.data import Batch
 from effprof.trainer.distributed import Engine, engine, local
+from effprof.trainer.feed import Drawn
 from effprof.trainer.optimizer import MethodOptimizer
+from effprof.trainer.run import make
+from effprof.trainer.session import Session
 from effprof.trainer.step import training_step
+from effprof.trainer.world import World
 
 ROWS = 2  # of a micro-batch
 CPU = torch.device("cpu")
 _SETTLED = 0.003  # seconds after which gloo's thread has let go of a collective's tensors
 
 
-def run(tasks: list[dict[str, Any]], size: int, folder: Path) -> list[list[Any]]:
-    """Each task's answers, by process. A task is a plan, and what to do with it."""
-    (folder / "tasks.json").write_text(json.dumps(tasks))
-    command = [sys.executable, __file__, str(folder), str(size)]
-    environment = {"KINETO_LOG_LEVEL": "99", **os.environ, "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(size)
+def run(groups: list[tuple[int, list[dict[str, Any]]]], folder: Path) -> list[list[list[Any]]]:
+    """Each task's answers, by process, of groups of so many processes one after the other. A task
+    is a plan, and what to do with it: one of this module's functions.
+
+    They are forked from one process that has torch, so that it is imported once.
+    """
+    (folder / "groups.json").write_text(json.dumps(groups))
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder)],
+        env={"KINETO_LOG_LEVEL": "99", **os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert not done.returncode, done.stderr[-6000:]
+    return [
+        [
+            [json.loads(line) for line in lines]
+            for lines in zip(
+                *((folder / f"{n}-{rank}.jsonl").read_text().splitlines() for rank in range(size)),
+                strict=True,
+            )
+        ]
+        for n, (size, _) in enumerate(groups)
     ]
-    told = [worker.communicate()[1] for worker in workers]
-    failed = [text for worker, text in zip(workers, told, strict=True) if worker.returncode]
-    assert not failed, "\n".join(text[-3000:] for text in failed)
-    read = [(folder / f"{rank}.jsonl").read_text().splitlines() for rank in range(size)]
-    return [[json.loads(line) for line in lines] for lines in zip(*read, strict=True)]
 
 
 def main() -> None:
-    """One of the processes: folder, how many, which."""
-    folder, size, rank = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    """Fork every group's processes, and wait for them."""
+    folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=size)
-    with (folder / f"{rank}.jsonl").open("w") as answers:
-        for task in json.loads((folder / "tasks.json").read_text()):
-            plan = from_dict(task["plan"])
-            try:
-                found = (losses if task["what"] == "losses" else tape)(plan, rank, size)
-            except BaseException:  # noqa: BLE001 - told on standard error
-                sys.stderr.write(f"task {task['what']} {plan.method} {plan.parallel}\n")
-                traceback.print_exc()
-                os._exit(1)  # the other waits for it: its collective fails
-            answers.write(json.dumps(found) + "\n")
-    dist.barrier()
-    dist.destroy_process_group()
+    for number, (size, tasks) in enumerate(json.loads((folder / "groups.json").read_text())):
+        children = [_forked(folder, number, rank, size, tasks) for rank in range(size)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        if any(codes):
+            sys.exit(1)
+
+
+def _forked(folder: Path, number: int, rank: int, size: int, tasks: list[dict[str, Any]]) -> int:
+    """One of a group's processes; its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        meet = f"file://{folder}/meet-{number}"
+        dist.init_process_group("gloo", meet, rank=rank, world_size=size)
+        launch._here = World(rank, size, dist.new_group(backend="gloo"))
+        with (folder / f"{number}-{rank}.jsonl").open("w") as answers:
+            for task in tasks:
+                what = {"losses": losses, "tape": tape, "train": train}[task["what"]]
+                found = what(from_dict(task["plan"]), rank, size, **task.get("more", {}))
+                answers.write(json.dumps(found) + "\n")
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:  # noqa: BLE001 - told on standard error
+        sys.stderr.write(f"task {task['what']} {task['plan']}\n")
+        traceback.print_exc()
+        os._exit(1)  # the others wait for it: their collectives fail
+    os._exit(0)
 
 
 def losses(plan: Plan, rank: int = 0, size: int = 1, updates: int = 4) -> dict[str, Any]:
-    """The losses of a few updates on rows that do not depend on how many processes there are, and
-    a checksum of the weights after them.
+    """The losses of a few updates on rows that do not depend on how many processes there are; a
+    checksum of the weights and torch's step counters after them.
     """
     model, optimizer = build(plan, lr=1e-2)
     driver = engine(plan, optimizer)
@@ -82,7 +119,12 @@ def losses(plan: Plan, rank: int = 0, size: int = 1, updates: int = 4) -> dict[s
         )
         found.append(float(total))
     weights = [local(p.detach()).double().abs().sum() for p in model.parameters()]
-    return {"losses": found, "weights": float(torch.stack(weights).sum())}
+    counters = [float(one["step"]) for one in optimizer.state.values() if "step" in one]
+    return {
+        "losses": found,
+        "weights": float(torch.stack(weights).sum()),
+        "counters": sorted(counters),
+    }
 
 
 def _batch(plan: Plan, generator: torch.Generator) -> Batch:
@@ -98,6 +140,47 @@ def _joined(drawn: list[Batch]) -> Batch:
         torch.cat(parts) for parts in zip(*((b.ids, b.labels) for b in drawn), strict=True)
     )
     return Batch(ids, labels, None, sum(b.targets for b in drawn), ids.numel())
+
+
+def train(
+    plan: Plan,
+    rank: int = 0,
+    size: int = 1,
+    *,
+    out: list[str],
+    stop: int = 0,
+    resume: bool = False,
+    since: str = "",
+    **run: Any,
+) -> dict[str, Any]:
+    """A run in ``out``, by process, to its end or to a signal in update ``stop``, in a copy of
+    ``since``: its exit code, and the rows each update had here; or the error.
+    """
+    updates: list[list[str]] = []
+    with launch.world().first():
+        if since and not rank:
+            shutil.copytree(since, out[0])
+    draw = Session._draw
+
+    def seen(self: Session) -> Drawn:
+        drawn = draw(self)
+        updates.append([_name(row) for batch in drawn.batches for row in batch.ids])
+        if len(updates) == stop and rank == size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return drawn
+
+    Session._draw = seen  # type: ignore[method-assign]
+    try:
+        outcome = loop.train(make(plan, Path(out[rank % len(out)]), run), resume=resume)
+    except EffprofError as problem:
+        return {"error": problem.message}
+    finally:
+        Session._draw = draw  # type: ignore[method-assign]
+    return {"code": outcome.exit_code, "rows": updates}
+
+
+def _name(row: torch.Tensor) -> str:
+    return hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16]
 
 
 def tape(plan: Plan, rank: int, size: int) -> dict[str, Any]:

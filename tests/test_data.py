@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -358,6 +362,30 @@ def test_the_feed_raises_what_reading_raised() -> None:
 
     with pytest.raises(EffprofError, match="disk is gone"):
         Feed(Broken(), 1, CPU).next()
+
+
+def test_a_source_that_stalls_does_not_delay_a_signal() -> None:
+    """Waiting for rows ends at a signal; the thread that hangs in a read is left behind."""
+    from effprof.trainer.feed import Feed
+    from effprof.trainer.stop import Stop
+
+    class Stalled:
+        def next(self) -> Any:
+            threading.Event().wait(20)
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+
+    feed = Feed(Stalled(), 1, CPU)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    began = time.monotonic()
+    with Stop() as stop:
+        assert not stop.go_on(feed.ready)
+    feed.close()
+    assert stop.code == 143
+    assert 0.2 < time.monotonic() - began < 5
 
 
 def test_a_dataset_that_cannot_be_loaded() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import torch
 from helpers import run_cli
 from safetensors.torch import load_file
 
-from effprof.trainer import loop
+from effprof.errors import EffprofError
+from effprof.trainer import checkpoint, loop
 from effprof.trainer.guard import Guard
+from effprof.trainer.metrics import Log
 
 SMALL = ("--micro-batch", "2", "--seq-len", "32", "--dtype", "fp32", "--device", "cpu")
 
@@ -67,6 +71,57 @@ def test_stop_keeps_the_checkpoint_before(tiny: str, texts: Path, tmp_path: Path
     (tensors,) = (tmp_path / "run" / "incidents").glob("step-00000007-nan.safetensors")
     assert load_file(tensors)["0.ids"].shape == (2, 32)
     assert json.loads(tensors.with_suffix(".json").read_text())["draw"] == 7
+
+
+@pytest.mark.parametrize(("fails", "kept"), [(True, 3), (False, 6)])
+@pytest.mark.usefixtures("poisoned")
+def test_a_checkpoint_is_not_kept_before_it_is_written(
+    fails: bool, kept: int, tiny: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoint.write
+
+    def late(run: Path, snapshot: Any, keep: Any) -> None:
+        if snapshot.document["step"] == 6:
+            time.sleep(0.5)  # the loop comes to its bad update meanwhile
+            if fails:
+                raise EffprofError("the disk is gone", "")
+        write(run, snapshot, keep)
+
+    monkeypatch.setattr(checkpoint, "write", late)
+    code, err = train(tmp_path / "run", tiny, texts, "--steps", "12", "--save-every", "3")
+    assert (code, "nan at step 7" in err) == (1, True)
+    assert f"checkpoint of step {kept} is kept" in err
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_a_damaged_checkpoint_is_not_rolled_back_to(
+    tiny: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It makes room, so that the one of the same step can be written again."""
+    accept, newest = loop.Loop.accept, tmp_path / "run" / "checkpoint-00000006"
+
+    def damaged(self: loop.Loop, *arguments: Any) -> bool:
+        self.saver.wait()
+        (newest / "state.json").write_text("{")
+        return accept(self, *arguments)
+
+    monkeypatch.setattr(loop.Loop, "accept", damaged)
+    more = ("--steps", "9", "--save-every", "3", "--on-nan", "rollback", "--keep-last", "9")
+    code, err = train(tmp_path / "run", tiny, texts, *more)
+    assert code == 0, err
+    assert "damaged and was passed over" in err
+    assert "Back at step 3" in err
+    assert (newest.parent / f"damaged-{newest.name}" / "state.json").read_text() == "{"
+    assert json.loads((newest / "state.json").read_text())["dropped"] == [7]
+
+
+def test_numbers_that_json_lacks_are_null(tmp_path: Path) -> None:
+    with Log(tmp_path / "metrics.jsonl") as log:
+        log.append(
+            {"step": 1, "loss": math.inf, "grad_norm": -math.inf, "mfu": math.nan, "lr": 1.0}
+        )
+    (row,) = rows(tmp_path)
+    assert row == {"step": 1, "loss": None, "grad_norm": None, "mfu": None, "lr": 1.0}
 
 
 @pytest.mark.usefixtures("poisoned")

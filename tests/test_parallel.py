@@ -79,7 +79,8 @@ def answers(
 
     tasks = _tasks(tiny)
     rows = [{"what": key[0], "plan": plan.as_dict()} for key, plan in tasks.items()]
-    return dict(zip(tasks, run(rows, 2, tmp_path_factory.mktemp("processes")), strict=True))
+    (found,) = run([(2, rows)], tmp_path_factory.mktemp("processes"))
+    return dict(zip(tasks, found, strict=True))
 
 
 @cache

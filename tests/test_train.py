@@ -22,6 +22,8 @@ from effprof import registry
 from effprof.errors import EffprofError
 from effprof.trainer import checkpoint, loop, schedule
 from effprof.trainer.export import load
+from effprof.trainer.stop import SharedStop, Stop
+from effprof.trainer.world import World
 
 SMALL = ("--micro-batch", "2", "--seq-len", "32", "--dtype", "fp32", "--device", "cpu")
 
@@ -143,6 +145,44 @@ def test_ctrl_c_is_130(
     assert (tmp_path / "run" / "checkpoint-00000002").is_dir()
 
 
+def test_a_second_signal_does_not_interrupt_a_checkpoint(
+    tiny: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoint.write
+
+    def interrupted(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        write(*arguments)
+
+    _stop_after(2, monkeypatch)
+    monkeypatch.setattr(checkpoint, "write", interrupted)
+    assert train(tmp_path / "run", tiny, texts, "--steps", "9")[0] == 143
+    assert (tmp_path / "run" / "checkpoint-00000002").is_dir()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_third_signal_does_what_it_always_did(
+    shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several processes each has a terminal's signal twice: those of one moment are one."""
+    always, moment = [], [0.0]
+    before = signal.signal(signal.SIGUSR1, lambda *noted: always.append(noted))
+    monkeypatch.setattr(time, "monotonic", lambda: moment[0])
+    try:
+        with SharedStop(None, World()) if shared else Stop() as stop:
+            for expected in (0, 0, 1):
+                moment[0] += 5
+                os.kill(os.getpid(), signal.SIGUSR1)
+                if shared:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                assert len(always) == expected * (1 + shared)
+            assert stop.wanted()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert stop.code == 143
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over(tiny: str, texts: Path, tmp_path: Path) -> None:
     more = ("--steps", "6", "--save-every", "3")
     assert train(tmp_path / "run", tiny, texts, *more)[0] == 0
@@ -172,10 +212,10 @@ def test_full_disk_keeps_the_older_checkpoint(
     more = ("--steps", "6", "--save-every", "3")
     capture = checkpoint.capture
 
-    def fills(model: Any, optimizer: Any, state: Any, old: Any) -> Any:
+    def fills(model: Any, optimizer: Any, state: Any, old: Any, mesh: Any) -> Any:
         if state["step"] == 6:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
-        return capture(model, optimizer, state, old)
+        return capture(model, optimizer, state, old, mesh)
 
     monkeypatch.setattr(checkpoint, "capture", fills)
     try:

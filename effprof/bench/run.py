@@ -15,10 +15,10 @@ from effprof.bench.results import document, summarize, write_results
 from effprof.bench.spec import Spec
 from effprof.bench.study import Study
 from effprof.bench.trial import Trial
+from effprof.errors import SIGNALS
 from effprof.units import duration
 
 _POLL = 0.2  # seconds between looks at the children
-_SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Bench:
 
         Returns the exit code.
         """
-        before = {number: signal.signal(number, self._stop) for number in _SIGNALS}
+        before = {number: signal.signal(number, self._stop) for number in SIGNALS}
         try:
             while self._start() or self.running:
                 time.sleep(_POLL)
@@ -62,7 +62,7 @@ class Bench:
         return self.code
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.code = _SIGNALS[signal.Signals(number)]
+        self.code = SIGNALS[signal.Signals(number)]
         for trial in self.running:
             trial.process.terminate()
 

@@ -1,4 +1,7 @@
-"""Checkpoints: safetensors and JSON only, whole or not there, checksummed."""
+"""Checkpoints: safetensors and JSON only, whole or not there, checksummed.
+
+One process writes whole tensors; under FSDP each writes its shards (effprof.trainer.dcp).
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +22,9 @@ from torch import Tensor, nn
 from effprof.errors import EffprofError
 from effprof.files import cannot_write, digest
 from effprof.trainer.optimizer import MethodOptimizer
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 PREFIX = "checkpoint-"
 ASIDE = "damaged-"  # before the name of a checkpoint that was passed over
@@ -52,18 +58,28 @@ class Snapshot:
 
 @torch.no_grad()
 def capture(
-    model: nn.Module, optimizer: MethodOptimizer, state: Mapping[str, Any], old: Snapshot
+    model: nn.Module,
+    optimizer: MethodOptimizer,
+    state: Mapping[str, Any],
+    old: Snapshot,
+    mesh: DeviceMesh | None = None,
 ) -> Snapshot:
-    """Copy what a checkpoint holds, into the memory of an ``old`` one where shapes agree.
+    """Copy what this process's part of a checkpoint holds, into the memory of an ``old`` one where
+    shapes agree. Shards stay shards, of a ``mesh`` of the processes' CPUs.
 
     On a GPU it only queues the copies: the next update's kernels come after them.
     """
-    native = _whole(native_tensors(model))
-    files = {_FILES[0]: _kept(native, old.files.get(_FILES[0], {}))}
+    native = native_tensors(model)
     tensors, table = _flatten(optimizer.state_dict())
     tensors |= {f"rng.{kind}": value for kind, value in _random_states(model).items()}
     document = json.loads(json.dumps({**state, "optimizer": table}))
-    files[_FILES[1]] = _kept(tensors.items(), old.files.get(_FILES[1], {}))
+    files = {
+        name: {
+            key: _copied(tensor, old.files.get(name, {}).get(key), mesh)
+            for key, tensor in content.items()
+        }
+        for name, content in zip(_FILES, (native, tensors), strict=True)
+    }
     snapshot = Snapshot(files, document)
     if any(t.is_cuda for t in model.parameters()):
         snapshot.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -71,11 +87,13 @@ def capture(
     return snapshot
 
 
-def _kept(tensors: Iterable[tuple[str, Tensor]], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: _copied(tensor, before.get(key)) for key, tensor in tensors}
+def _copied(tensor: Tensor, before: Tensor | None, mesh: DeviceMesh | None) -> Tensor:
+    if hasattr(tensor, "to_local"):
+        from effprof.trainer.sharding import resembling
 
-
-def _copied(tensor: Tensor, before: Tensor | None) -> Tensor:
+        assert mesh is not None
+        shard = None if before is None else before.to_local()  # type: ignore[attr-defined]
+        return resembling(tensor, _copied(tensor.to_local(), shard, None), mesh)
     if before is None or before.shape != tensor.shape or before.dtype != tensor.dtype:
         before = torch.empty(
             tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda
@@ -90,36 +108,61 @@ def _random_states(model: nn.Module) -> dict[str, Tensor]:
     return states
 
 
-def write(run: Path, snapshot: Snapshot, keep: Keep) -> Path:
+def set_random_states(states: Mapping[str, Tensor]) -> None:
+    """Go on with the random numbers that a checkpoint holds."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def write(run: Path, snapshot: Snapshot, keep: Keep) -> None:
     """Write a snapshot as checkpoint ``step`` of a run, then delete what ``keep`` does not name.
 
     The folder is written under a temporary name, flushed and renamed. Raises EffprofError when it
     cannot be written; older checkpoints stay.
     """
-    if snapshot.ready is not None:
-        snapshot.ready.synchronize()
     final = place(run, snapshot.document["step"])
-    temporary = run / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
+        temporary = begun(final)
         for name, tensors in snapshot.files.items():
             save_file(tensors, temporary / name)
-        sums = {name: digest(temporary / name) for name in _FILES}
-        document = {**snapshot.document, "sha256": sums}
-        document["sha256"]["state"] = _state_digest(document)
-        (temporary / "state.json").write_text(json.dumps(document), encoding="utf-8")
-        for path in [*temporary.iterdir(), temporary]:
-            _flush(path)
-        temporary.rename(final)
-        _flush(run)
+        sums = {name: digest(temporary / name) for name in snapshot.files}
+        for name in snapshot.files:
+            flush(temporary / name)
+        commit(run, temporary, snapshot.document, sums, keep)
     except (OSError, SafetensorError) as problem:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(_temporary(final), ignore_errors=True)
         raise cannot_write(final, problem) from None
+
+
+def begun(final: Path) -> Path:
+    """An empty folder in which a checkpoint is written before it has its place."""
+    temporary = _temporary(final)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def _temporary(final: Path) -> Path:
+    return final.with_name(f".{final.name}.{os.getpid()}")
+
+
+def commit(
+    run: Path, temporary: Path, document: Mapping[str, Any], sums: Mapping[str, str], keep: Keep
+) -> None:
+    """Give files that are written, of these SHA-256, their place as a checkpoint; then delete what
+    ``keep`` does not name.
+    """
+    document = {**document, "sha256": dict(sums)}
+    document["sha256"]["state"] = _state_digest(document)
+    (temporary / "state.json").write_text(json.dumps(document), encoding="utf-8")
+    flush(temporary / "state.json")
+    flush(temporary)
+    temporary.rename(place(run, document["step"]))
+    flush(run)
     leftovers = run.glob(f".{PREFIX}*")  # of processes that were killed while they wrote
     for old in (*_surplus(run, keep), *leftovers):
         shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 def set_aside(run: Path, step: int) -> None:
@@ -140,6 +183,12 @@ def set_aside(run: Path, step: int) -> None:
 def place(run: Path, step: int) -> Path:
     """The folder of a run's checkpoint of that step."""
     return run / f"{PREFIX}{step:08d}"
+
+
+def last_step(run: Path) -> int | None:
+    """The step of the newest checkpoint there is."""
+    found = _found(run)
+    return int(found[0].name.removeprefix(PREFIX)) if found else None
 
 
 def _surplus(run: Path, keep: Keep) -> list[Path]:
@@ -190,44 +239,46 @@ def restore(
 
     Raises EffprofError.
     """
-    load_native(path, model)
+    if _by_parts(path, model):
+        from effprof.trainer import dcp
+
+        dcp.restore(path, state, model, optimizer)
+        return
+    _load_whole(path, model)
     if optimizer is None:
         return
-    tensors = load_file(path / _FILES[1])
-    torch.set_rng_state(tensors.pop("rng.cpu"))
-    if "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors.pop("rng.cuda"))
-    table = dict(state["optimizer"])
     values: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    random: dict[str, Tensor] = {}
+    for key, tensor in load_file(path / _FILES[1]).items():
         index, _, name = key.partition(".")
-        values.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({**table, "state": values})
+        if index == "rng":
+            random[name] = tensor
+        else:
+            values.setdefault(int(index), {})[name] = tensor
+    set_random_states(random)
+    optimizer.load_state_dict({**state["optimizer"], "state": values})
+
+
+def _by_parts(path: Path, model: nn.Module) -> bool:
+    """Whether tensors are in pieces, on the disk or here."""
+    sharded = any(hasattr(tensor, "to_local") for tensor in model.parameters())
+    return sharded or not (path / _FILES[0]).is_file()
 
 
 @torch.no_grad()
-def load_native(path: Path, model: nn.Module) -> None:
-    """A model's tensors in the method's own form.
-
-    Raises EffprofError where they do not fit the model.
-    """
+def _load_whole(path: Path, model: nn.Module) -> None:
     loaded, own = load_file(path / _FILES[0]), native_tensors(model)
-    if loaded.keys() != own.keys() or any(loaded[k].shape != own[k].shape for k in own):
+    check_fit(path, {name: tuple(tensor.shape) for name, tensor in loaded.items()}, own)
+    for name, tensor in loaded.items():
+        own[name].copy_(tensor)
+
+
+def check_fit(path: Path, found: Mapping[str, tuple[int, ...]], own: Mapping[str, Tensor]) -> None:
+    """Raise EffprofError where a checkpoint's shapes are not those of a model's tensors."""
+    if found != {name: tuple(tensor.shape) for name, tensor in own.items()}:
         raise EffprofError(
             f"{str(path)!r} was written by another plan.", "Resume with the run's own run.toml."
         )
-    for name, tensor in loaded.items():
-        mine, wanted = _part(own[name], tensor)
-        mine.copy_(wanted)
-
-
-def _part(own: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
-    """This process's part of a tensor, and the same part of the whole."""
-    if not hasattr(own, "to_local"):
-        return own, whole
-    from effprof.trainer.sharding import part
-
-    return own.to_local(), part(own, whole)
 
 
 def native_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -235,19 +286,6 @@ def native_tensors(model: nn.Module) -> dict[str, Tensor]:
     persistent = model.state_dict().keys()
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: tensor.detach() for name, tensor in named.items() if name in persistent}
-
-
-def contribute(model: nn.Module, optimizer: MethodOptimizer) -> None:
-    """What a process that writes nothing does while another captures: give its shards."""
-    for _ in _whole(native_tensors(model)):
-        pass
-    optimizer.state_dict()
-
-
-def _whole(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors as wholes, one at a time."""
-    for name, tensor in tensors.items():
-        yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -269,8 +307,9 @@ def _checked(path: Path) -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
         sums = state["sha256"]
-        good = all(digest(path / name) == sums[name] for name in _FILES)
-        good = good and sums.pop("state") == _state_digest(state)
+        good = sums.pop("state") == _state_digest(state)
+        good = good and sums.keys() == {one.name for one in path.glob("*.safetensors")}
+        good = good and all(digest(path / name) == found for name, found in sums.items())
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return state if good else None
@@ -283,7 +322,8 @@ def _state_digest(state: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

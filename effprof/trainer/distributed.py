@@ -13,11 +13,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from effprof.errors import EffprofError
 from effprof.plan import Plan
 from effprof.trainer.data import Batch
 from effprof.trainer.optimizer import MethodOptimizer
-from effprof.trainer.step import forward_loss
+from effprof.trainer.step import check_targets, forward_loss
 
 
 class Engine:
@@ -37,11 +36,7 @@ class Engine:
         Raises EffprofError where there are none.
         """
         if targets is not None:
-            if not targets:
-                raise EffprofError(
-                    "An update's rows hold nothing to predict.",
-                    "Use a longer --seq-len or other --rows.",
-                )
+            check_targets(targets)
             return [self.factor * batch.targets / targets for batch in batches]
         own = torch.tensor([float(b.targets) for b in batches], device=batches[0].ids.device)
         total = own.sum()

@@ -92,5 +92,5 @@ def load(folder: str | Path, device: str = "cpu") -> nn.Module:
     if values["model"] not in presets():  # the run carries its own copy of a config.json
         values["model"] = str(run / "config.json")
     model = build_model(work_out(from_dict(values)), torch.device(device), seed=0)
-    checkpoint.load_native(found[0], model)
+    checkpoint.restore(*found, model, None)
     return model.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -14,6 +15,7 @@ from effprof.trainer.data import Batch
 from effprof.trainer.world import World
 
 _AHEAD = 4  # updates
+_STALLED = 1.0  # seconds after which a source that was asked for rows is left behind
 
 
 class Source(Protocol):
@@ -53,18 +55,29 @@ class Feed:
         self.world = world or World()
         self.used = source.state_dict()
         self._thread: threading.Thread | None = None
+        self._found: Any = None
+        self._waited = 0.0
 
-    def next(self) -> Drawn:
-        """The next update's micro-batches on the device. Raises what reading the data raised."""
+    def ready(self, seconds: float | None) -> bool:
+        """Whether the next update's micro-batches are there within that time, None for however long
+        it takes. Raises what reading the data raised.
+        """
         if self._thread is None:
             self._start()
         began = time.perf_counter()
-        found = self._ready.get()
-        waited = time.perf_counter() - began
-        if isinstance(found, BaseException):
+        with contextlib.suppress(queue.Empty):
+            self._found = self._found or self._ready.get(timeout=seconds)
+        self._waited += time.perf_counter() - began
+        if isinstance(self._found, BaseException):
             self.close()
-            raise found
-        drawn, self.used = found
+            raise self._found
+        return self._found is not None
+
+    def next(self) -> Drawn:
+        """The next update's micro-batches on the device. Raises what reading the data raised."""
+        self.ready(None)
+        (drawn, self.used), self._found = self._found, None
+        waited, self._waited = self._waited, 0.0
         mine = drawn[self.world.rank :: self.world.size]
         targets, real = sum(b.targets for b in drawn), sum(b.real_tokens for b in drawn)
         return Drawn([b.to(self.device) for b in mine], self.used, waited, targets, real)
@@ -73,15 +86,19 @@ class Feed:
         return self.used
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.close()
+        self.close(wait=True)
         self.source.load_state_dict(state)
+        self._found = None
         self.used = state
 
-    def close(self) -> None:
-        """End the thread; what it drew ahead is lost, and drawn again after a restored state."""
+    def close(self, *, wait: bool = False) -> None:
+        """End the thread; one whose source stalls is left behind unless it is to ``wait``.
+
+        What it drew ahead is lost, and drawn again after a restored state.
+        """
         if self._thread is not None:
             self._ended.set()
-            self._thread.join()
+            self._thread.join(None if wait else _STALLED)
             self._thread = None
 
     def _start(self) -> None:

@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,9 +15,8 @@ from torch import distributed as dist
 
 from effprof.errors import EffprofError, NoDeviceError, UsageError
 from effprof.plan import Plan
-from effprof.trainer.world import World
+from effprof.trainer.world import PATIENCE, World
 
-_PATIENCE = timedelta(days=1)  # processes wait for one that tokenises or writes alone
 _FAILED = "effprof/failed"
 _SHUTDOWN = 600  # seconds after a signal in which processes finish their step and save
 _GRACE = 3.0  # seconds in which the first to fail can say so before torchrun ends it
@@ -33,6 +31,11 @@ def world() -> World:
 def started() -> int:
     """How many processes torchrun has started of this program; 0 where it was not torchrun."""
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
+def beside(plan: Plan) -> int:
+    """How many of a run's processes are on this machine: all where torchrun does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", plan.gpus))
 
 
 def restarted() -> bool:
@@ -106,7 +109,7 @@ def joined(plan: Plan) -> Iterator[World]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device else "gloo", device_id=device)
-    host = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    host = dist.new_group(backend="gloo", timeout=PATIENCE)
     _here = World(dist.get_rank(), dist.get_world_size(), host)
     if not _here.writes:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives

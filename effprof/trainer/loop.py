@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ from effprof.trainer.launch import world
 from effprof.trainer.ledger import Ledger
 from effprof.trainer.norms import UpdateNorm, gradient_norm
 from effprof.trainer.pending import Pending
-from effprof.trainer.run import Run, open_folder
+from effprof.trainer.run import Run, open_folder, say_damaged
 from effprof.trainer.saver import Saver
 from effprof.trainer.session import Session
 from effprof.trainer.step import training_step
@@ -71,7 +72,7 @@ class Loop:
         self.live = LiveLine(run.steps, start, session.expected.total)
         self.ledger = Ledger(session, self.live)
         self.ledger.log.cut(start)
-        self.saver = Saver(run.out, run.keep)
+        self.saver = Saver(run.out, run.keep, sharded=run.plan.parallel == "fsdp")
         self.began = time.monotonic()
         self.resumed_at = start if resumed else None
         self.saved_at = self.resumed_at
@@ -89,7 +90,9 @@ class Loop:
                 self.live.note(f"Resumed at step {self.resumed_at}.")
             elif run.on_nan == "rollback":
                 self.save()  # something to go back to
-            while self.unfinished() and not self.stop.wanted(self.longest + self.saver.seconds):
+            while self.unfinished() and self.stop.go_on(
+                session.ready, self.longest + self.saver.seconds
+            ):
                 began = time.monotonic()
                 before, self.pending = self.pending, self.update()
                 self.settle(before)
@@ -184,10 +187,12 @@ class Loop:
             return True  # its update was left out
         self.saver.wait()
         session.world.barrier()
-        found = checkpoint.newest(self.run.out)
+        found = checkpoint.newest(self.run.out, say_damaged)
         assert found is not None, "one is written before the first update"
         dropped = [*session.progress.dropped, pending.draw]
         session.restore(*found)
+        if session.world.writes:
+            checkpoint.set_aside(self.run.out, session.progress.step)
         session.progress.dropped = dropped
         self.pending, self.saved_at = None, session.progress.step
         self.ledger.log.cut(session.progress.step)
@@ -238,20 +243,19 @@ class Loop:
             return path
         if not session.finite():
             raise self.diverged(f"A weight is no longer finite at step {step}.")
-        if session.world.writes:
+        if session.world.writes or session.plan.parallel == "fsdp":
             self.saver.save(session.model, session.optimizer, session.state())
-        elif session.plan.parallel == "fsdp":
-            checkpoint.contribute(session.model, session.optimizer)
         self.saved_at = step
         self.tries = 0
         return path
 
     def diverged(self, message: str) -> EffprofError:
-        kept = (
-            f"the checkpoint of step {self.saved_at} is kept"
-            if self.saved_at
-            else "there is no checkpoint yet"
-        )
+        """The error of a run that has no numbers any more, and what is left of it on the disk."""
+        with contextlib.suppress(EffprofError):  # a write that failed: its checkpoint is not there
+            self.saver.wait()
+        self.session.world.barrier()
+        last = checkpoint.last_step(self.run.out)
+        kept = f"the checkpoint of step {last} is kept" if last else "there is no checkpoint yet"
         return EffprofError(message, f"Use a smaller --lr, --clip 1 or --dtype fp32; {kept}.")
 
     def close(self) -> None:

@@ -451,8 +451,9 @@ class MethodOptimizer(torch.optim.Optimizer):
         self.state.clear()
         for index, values in state_dict["state"].items():
             parameter = parameters[int(index)]
-            placed = {name: self._placed(name, value, parameter) for name, value in values.items()}
-            self.state[parameter] = {n: one for n, one in placed.items() if one is not None}
+            self.state[parameter] = {
+                n: self._placed(n, one, parameter) for n, one in values.items()
+            }
         for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in loaded.items() if key != "params"})
         self.clock = Clock(**state_dict["clock"])
@@ -465,8 +466,16 @@ class MethodOptimizer(torch.optim.Optimizer):
         self._link_torch(self._torch)
         self._activate()
 
-    def _placed(self, name: str, value: Tensor, parameter: nn.Parameter) -> Tensor | None:
-        """A loaded state where it belongs; None where another process keeps it."""
+    def room(
+        self, index: int, name: str, shape: Sequence[int], dtype: torch.dtype
+    ) -> Tensor | None:
+        """Where a saved state of parameter ``index`` is read to; None where another process keeps
+        it.
+        """
+        return torch.empty(tuple(shape), dtype=dtype)
+
+    def _placed(self, name: str, value: Tensor, parameter: nn.Parameter) -> Tensor:
+        """A loaded state where it belongs."""
         return value.detach().clone().to(self._home(name, parameter))
 
     def _check_loaded(self, loaded: dict[str, Any], parameters: list[nn.Parameter]) -> None:

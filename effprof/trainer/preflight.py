@@ -15,7 +15,8 @@ from effprof.errors import DoesNotFitError, EffprofError
 from effprof.estimator.estimate import Estimate, estimate
 from effprof.estimator.memory import evaluation
 from effprof.measure.device import DeviceMeter, meter
-from effprof.step import work_out
+from effprof.step import Step, work_out
+from effprof.trainer import launch
 from effprof.trainer.build import resolve_device
 from effprof.trainer.corpus import corpus
 from effprof.trainer.run import Run, open_folder
@@ -39,20 +40,30 @@ class Ready:
         return found.peak.size if found.process_total is None else found.process_total
 
     @property
+    def copy(self) -> int:
+        """What one process copies of a checkpoint, and holds on the host while it is written."""
+        return _saved(self.expected.step)
+
+    @property
+    def copies(self) -> int:
+        """What this machine's processes hold of it together."""
+        if self.run.plan.parallel != "fsdp":
+            return self.copy  # one process has all
+        return min(self.copy * launch.beside(self.run.plan), self.checkpoint)
+
+    @property
     def checkpoint(self) -> int:
-        """The tensors of one checkpoint, of which the host holds a copy while it is written."""
-        plan, step = self.run.plan, self.expected.step
-        if plan.parallel == "fsdp":  # whose checkpoints hold whole tensors all the same
-            step = work_out(plan.alone())
-        held = step.resident()
-        return held["weights"] + held["optimizer"] + held["buffers"]
+        """The tensors of one checkpoint."""
+        if self.run.plan.parallel != "fsdp":
+            return self.copy
+        return _saved(work_out(self.run.plan.alone()))  # as every process's shards together
 
     @property
     def device_needed(self) -> int:
         """What the device must hold: the highest of all peaks, on a CPU with the copy beside."""
         if self.device.type != "cpu":
             return max(self.expected.total, self.evaluation)
-        return max(max(self.expected.total, self.evaluation) + self.checkpoint, self.initial)
+        return max(max(self.expected.total, self.evaluation) + self.copy, self.initial)
 
     @property
     def initial(self) -> int:
@@ -85,9 +96,9 @@ class Ready:
                 "Use a smaller --micro-batch or --checkpointing full, or --force to try anyway.",
             )
         host = psutil.virtual_memory().total
-        if self.device.type == "cuda" and self.checkpoint > host:
+        if self.device.type == "cuda" and self.copies > host:
             raise DoesNotFitError(
-                f"A checkpoint's copy needs {self.checkpoint:,} bytes of host memory, there are "
+                f"A checkpoint's copy needs {self.copies:,} bytes of host memory, there are "
                 f"{host:,}.",
                 "Use --state-dtype 8bit, or --force to try anyway.",
             )
@@ -97,6 +108,11 @@ class Ready:
                 f"{self.disk_free:,} are free.",
                 "Free some space, give another --out, or --force to try anyway.",
             )
+
+
+def _saved(step: Step) -> int:
+    held = step.resident()
+    return held["weights"] + held["optimizer"] + held["buffers"]
 
 
 def prepare(run: Run, *, force: bool) -> Ready:
@@ -143,7 +159,7 @@ def dry_run(run: Run, *, resume: bool, force: bool) -> dict[str, Any]:
         "memory": {
             "update": expected.total,
             "evaluation": ready.evaluation,
-            "checkpoint_copy": ready.checkpoint,
+            "checkpoint_copy": ready.copy,
             "needed": ready.device_needed,
             "device": ready.machine.total(),
         },

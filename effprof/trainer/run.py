@@ -247,7 +247,7 @@ def open_folder(run: Run, *, resume: bool) -> tuple[Path, dict[str, Any]] | None
             f"The folder {str(run.out)!r} is not empty.",
             "Add --resume to go on, or give another --out.",
         )
-    found = checkpoint.newest(run.out, _say_damaged) if used else None
+    found = checkpoint.newest(run.out, say_damaged) if used else None
     if used:
         _check_same(run, found[1]["run"] if found else read_tables(run.out / "run.toml"))
     return found
@@ -265,7 +265,8 @@ def read_tables(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def _say_damaged(path: Path) -> None:
+def say_damaged(path: Path) -> None:
+    """Tell of a checkpoint that was passed over."""
     sys.stderr.write(f"Warning: {path} is damaged and was passed over.\n")
 
 

@@ -1,4 +1,7 @@
-"""Checkpoints written beside the training: the loop copies, a thread writes."""
+"""Checkpoints written beside the training: the loop copies, a thread writes.
+
+Under FSDP that is so on every process, and the threads talk in a group of their own.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from effprof.trainer import checkpoint
 from effprof.trainer.checkpoint import Keep, Snapshot
 from effprof.trainer.optimizer import MethodOptimizer
+from effprof.trainer.world import PATIENCE
 
 
 class Saver:
@@ -22,8 +28,10 @@ class Saver:
     for a write that failed. ``seconds`` is the longest that one took.
     """
 
-    def __init__(self, run: Path, keep: Keep) -> None:
+    def __init__(self, run: Path, keep: Keep, *, sharded: bool = False) -> None:
         self.run, self.keep = run, keep
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if sharded else None
+        self._mesh = DeviceMesh.from_group(self._group, "cpu") if self._group else None
         self.seconds = 0.0
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
@@ -32,13 +40,20 @@ class Saver:
     def save(self, model: nn.Module, optimizer: MethodOptimizer, state: Mapping[str, Any]) -> Path:
         """Copy the run as it is now and begin to write it; the place it will have."""
         self.wait()
-        self._buffers = checkpoint.capture(model, optimizer, state, self._buffers)
+        self._buffers = checkpoint.capture(model, optimizer, state, self._buffers, self._mesh)
         self._writing = self._thread.submit(self._write, self._buffers)
         return checkpoint.place(self.run, state["step"])
 
     def _write(self, snapshot: Snapshot) -> None:
         began = time.monotonic()
-        checkpoint.write(self.run, snapshot, self.keep)
+        if snapshot.ready is not None:
+            snapshot.ready.synchronize()
+        if self._group is None:
+            checkpoint.write(self.run, snapshot, self.keep)
+        else:
+            from effprof.trainer import dcp
+
+            dcp.write(self.run, snapshot, self.keep, self._group)
         self.seconds = max(self.seconds, time.monotonic() - began)
 
     def check(self) -> None:

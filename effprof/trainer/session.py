@@ -97,14 +97,24 @@ class Session:
         self.guard = Guard()
         self.progress = Progress()
 
+    def ready(self, seconds: float | None) -> bool:
+        """Whether the next update's micro-batches, those dropped left out, are there within that
+        time; None waits for them.
+        """
+        while self.feed.ready(seconds):
+            if self.progress.draws + 1 not in self.progress.dropped:
+                return True
+            self._draw()
+        return False
+
     def next_batches(self) -> Drawn:
         """The next update's micro-batches, those dropped left out."""
-        progress = self.progress
-        while True:
-            drawn = self.feed.next()
-            progress.draws += 1
-            if progress.draws not in progress.dropped:
-                return drawn
+        self.ready(None)
+        return self._draw()
+
+    def _draw(self) -> Drawn:
+        self.progress.draws += 1
+        return self.feed.next()
 
     def set_lr(self) -> float:
         """Give the optimizer this update's learning rate; what it is with the method's factor."""

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -25,6 +25,7 @@ from effprof.recipe import Recipe
 from effprof.registry import Layer
 from effprof.shards import owners, rounds, rows_held
 from effprof.trained import Trained, cost
+from effprof.trainer.distributed import local
 from effprof.trainer.layer import DTYPES, MethodLinear
 from effprof.trainer.optimizer import Cell, MethodOptimizer
 from effprof.trainer.step import Whole
@@ -154,54 +155,28 @@ class ShardedOptimizer(MethodOptimizer):
                 group.state[name].fill_(number)
 
     def state_dict(self) -> dict[str, Any]:
-        """As of one process: every state whole. Called by all of them; rank 0 alone has all."""
+        """This process's states: its shards, and what it owns. Called by all of them, as an owner
+        alone knows what its rules remember.
+        """
         found = super().state_dict()
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        index = {parameter: number for number, parameter in enumerate(parameters)}
-        state: dict[int, dict[str, Tensor]] = {}
-        for cell in self._distinct:
-            held = self._whole_state(cell)
-            if held:
-                state[index[cell.first]] = held
-        return {**found, "state": dict(sorted(state.items()))}
+        told: list[Any] = [None] * self._size
+        dist.all_gather_object(told, found["memories"])
+        owned = enumerate(self._owner[id(cell.group)] for cell in self._distinct)
+        return {**found, "memories": [told[owner][number] for number, owner in owned]}
 
-    def _whole_state(self, cell: Cell) -> dict[str, Tensor]:
-        """A cell's states as wholes: shards put together, an owner's sent to rank 0."""
-        if cell.trained.hosted:
-            state = self.state.get(cell.first, {})
-            return {
-                n: _host(t.full_tensor() if isinstance(t, DTensor) else t) for n, t in state.items()
-            }
-        owner, group = self._owner[id(cell.group)], cell.group
-        told = [([(n, tuple(t.shape), t.dtype) for n, t in group.state.items()], group.memory)]
-        dist.broadcast_object_list(told, owner)
-        held, group.memory = {}, told[0][1]
-        for name, shape, dtype in told[0][0]:
-            if self._rank == owner:
-                tensor = group.state[name]
-            else:
-                tensor = torch.empty(shape, dtype=dtype, device=cell.first.device)
-            dist.broadcast(tensor, owner)
-            held[name] = _host(tensor)
-        return held
-
-    def _placed(self, name: str, value: Tensor, parameter: nn.Parameter) -> Tensor | None:
+    def room(
+        self, index: int, name: str, shape: Sequence[int], dtype: torch.dtype
+    ) -> Tensor | None:
+        parameter = [p for group in self.param_groups for p in group["params"]][index]
         cell = self._cells[parameter]
-        if not cell.trained.hosted:
-            mine = self._owner[id(cell.group)] == self._rank
-            return super()._placed(name, value, parameter) if mine else None
-        if not value.shape:
-            return super()._placed(name, value, parameter)
-        assert isinstance(parameter, DTensor)
-        shard = part(parameter, value).clone().to(parameter.device)
-        return DTensor.from_local(
-            shard,
-            parameter.device_mesh,
-            parameter.placements,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-            run_check=False,
-        )
+        if not cell.trained.hosted and self._owner[id(cell.group)] != self._rank:
+            return None
+        if not cell.trained.hosted or not shape:
+            return super().room(index, name, shape, dtype)
+        return resembling(parameter, torch.empty_like(local(parameter.detach()), dtype=dtype))
+
+    def _placed(self, name: str, value: Tensor, parameter: nn.Parameter) -> Tensor:
+        return value if isinstance(value, DTensor) else super()._placed(name, value, parameter)
 
     def _has_gradients(self, cell: Cell) -> bool:
         return all(parameter.grad is not None for parameter in cell.parameters)
@@ -240,32 +215,34 @@ def _sharded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: one for name, one in tensors.items() if isinstance(one, DTensor)}
 
 
-def _host(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
-
-
-def part(sharded: Tensor, whole: Tensor) -> Tensor:
-    """This process's rows of a whole tensor, as ``sharded`` is cut."""
+def resembling(sharded: Tensor, shard: Tensor, mesh: DeviceMesh | None = None) -> DTensor:
+    """A tensor cut as ``sharded`` is, of which this process has ``shard``."""
     assert isinstance(sharded, DTensor)
-    rows = rows_held(whole.shape[0], dist.get_world_size())
-    return whole[dist.get_rank() * rows :][: len(sharded.to_local())]
+    return DTensor.from_local(
+        shard,
+        mesh or sharded.device_mesh,
+        sharded.placements,
+        shape=sharded.shape,
+        stride=sharded.stride(),
+        run_check=False,
+    )
 
 
 def _gather(sharded: Tensor, owner: int) -> Tensor | None:
     """The whole of a sharded tensor, on its owner only."""
     assert isinstance(sharded, DTensor)
     size, rank = dist.get_world_size(), dist.get_rank()
-    local, length = sharded.to_local(), sharded.shape[0]
+    shard, length = sharded.to_local(), sharded.shape[0]
     rows = rows_held(length, size)
-    if len(local) < rows:
-        padded = local.new_zeros(rows, *local.shape[1:])
-        padded[: len(local)] = local
-        local = padded
+    if len(shard) < rows:
+        padded = shard.new_zeros(rows, *shard.shape[1:])
+        padded[: len(shard)] = shard
+        shard = padded
     if rank != owner:
-        dist.gather(local.contiguous(), dst=owner)
+        dist.gather(shard.contiguous(), dst=owner)
         return None
-    whole = local.new_empty(size * rows, *local.shape[1:])
-    dist.gather(local.contiguous(), list(torch.split(whole, rows)), dst=owner)
+    whole = shard.new_empty(size * rows, *shard.shape[1:])
+    dist.gather(shard.contiguous(), list(torch.split(whole, rows)), dst=owner)
     return whole[:length]
 
 
@@ -273,8 +250,8 @@ def _scatter(sharded: Tensor, whole: Tensor | None, owner: int) -> None:
     """A whole tensor from its owner into everyone's shards."""
     assert isinstance(sharded, DTensor)
     size, length = dist.get_world_size(), sharded.shape[0]
-    local, rows = sharded.to_local(), rows_held(length, size)
-    mine = local if len(local) == rows else local.new_empty(rows, *local.shape[1:])
+    shard, rows = sharded.to_local(), rows_held(length, size)
+    mine = shard if len(shard) == rows else shard.new_empty(rows, *shard.shape[1:])
     parts = None
     if whole is not None:
         parts = [whole[start : start + rows] for start in range(0, size * rows, rows)]
@@ -283,8 +260,8 @@ def _scatter(sharded: Tensor, whole: Tensor | None, owner: int) -> None:
             for part in parts
         ]
     dist.scatter(mine, parts, src=owner)
-    if mine is not local:
-        local.copy_(mine[: len(local)])
+    if mine is not shard:
+        shard.copy_(mine[: len(shard)])
 
 
 def _behind(part: Tensor, rows: int) -> list[int]:

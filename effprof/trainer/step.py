@@ -54,10 +54,7 @@ def training_step(
         return loss
     micro_batches = [batch for batch in micro_batches if batch.targets]
     targets = sum(batch.targets for batch in micro_batches)
-    if not targets:
-        raise EffprofError(
-            "An update's rows hold nothing to predict.", "Use a longer --seq-len or other --rows."
-        )
+    check_targets(targets)
     run = run or functools.partial(micro_step, scaler=scaler)
     total: Tensor | None = None
     for batch in micro_batches:
@@ -67,6 +64,14 @@ def training_step(
     assert total is not None
     _update(total, optimizer, plan, before_update, scaler, on_phase)
     return total
+
+
+def check_targets(targets: int) -> None:
+    """Raise EffprofError where an update has none: its loss would be no number."""
+    if not targets:
+        raise EffprofError(
+            "An update's rows hold nothing to predict.", "Use a longer --seq-len or other --rows."
+        )
 
 
 def _on_several(

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from torch import distributed as dist
+
+PATIENCE = timedelta(days=1)  # processes wait for one that tokenises or writes alone
 
 
 @dataclass(frozen=True, slots=True)
