@@ -41,6 +41,22 @@ def losses(out: Path) -> list[float]:
     return [json.loads(row)["loss"] for row in rows]
 
 
+@pytest.mark.parametrize(
+    ("more", "batches"), [((), 16), (("--eval-batches", "3"), 3), (("--eval-batches", "0"), None)]
+)
+def test_a_short_run_validates_a_part_and_says_so(
+    more: tuple[str, ...], batches: int | None, tiny: str, texts: Path, tmp_path: Path
+) -> None:
+    rows = ("--micro-batch", "1", "--seq-len", "2")  # of which the tiny split has more than 16
+    code, out, _ = train(tmp_path / "run", tiny, texts, "--steps", "2", *rows, *more)
+    assert code == 0
+    found = json.loads((tmp_path / "run" / "summary.json").read_text())["validation"]
+    assert found["batches"] == (batches or found["split_batches"])
+    assert found["split_batches"] > 16
+    part = f"the first {batches} of {found['split_batches']} micro-batches of the split"
+    assert (part in " ".join(out.split())) is ("--eval-batches 0" in out) is (batches is not None)
+
+
 @pytest.mark.parametrize("method", registry.names())
 def test_a_run_leaves_everything_behind(
     method: str, tiny: str, texts: Path, tmp_path: Path
@@ -87,14 +103,15 @@ def test_validation_loss_of_the_exported_folder(tiny: str, texts: Path, tmp_path
     from effprof.trainer.evaluate import evaluate
     from effprof.trainer.tokenizer import tokenizer
 
-    code, out, _ = train(tmp_path / "run", tiny, texts, "--steps", "5", "--json", method="sltrain")
+    whole = ("--steps", "5", "--eval-batches", "0", "--json")
+    code, out, _ = train(tmp_path / "run", tiny, texts, *whole, method="sltrain")
     assert code == 0
     summary = json.loads(out)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     plan = from_dict(summary["plan"])
     texts_corpus = corpus(str(texts))
     split = rows(texts_corpus, tokenizer(texts_corpus, 1024, None), plan, "validation")
-    again = evaluate(exported, split.evaluation(None, torch.device("cpu")), plan)
+    again = evaluate(exported, split.evaluation(len(split), torch.device("cpu")), plan)
     assert again.loss == pytest.approx(summary["validation"]["loss"], rel=1e-5)
     batches = again.batches
     assert again.lineage_loss < again.loss * (batches / (batches + 1)) * 1.05

@@ -35,7 +35,13 @@ class Trial:
         self.claim, self.began = claim, time.monotonic()
         self.run = claim.folder / "run"
         self.request = claim.folder / "request.toml"
-        values = {**train, "lr": claim.lr, "seed": claim.seed, "tokenizer": tokenizer}
+        values = {
+            "eval_batches": 0,
+            **train,
+            "lr": claim.lr,
+            "seed": claim.seed,
+            "tokenizer": tokenizer,
+        }
         write_whole(self.request, to_toml({"plan": claim.arm.plan.as_dict(), "train": values}))
         environment = {**os.environ, "EFFPROF_QUIET": "1"}
         if threads:

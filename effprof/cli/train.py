@@ -68,6 +68,13 @@ def command(
     eval_every: Annotated[
         int | None, typer.Option(help="Updates between validations. [end only]", show_default=False)
     ] = None,
+    eval_batches: Annotated[
+        int | None,
+        typer.Option(
+            help="Micro-batches of the last validation, 0 is all. [all; 16 under 100 updates]",
+            show_default=False,
+        ),
+    ] = None,
     keep_last: Annotated[
         int | None, typer.Option(help="Newest checkpoints to keep. [2]", show_default=False)
     ] = None,
@@ -119,6 +126,7 @@ def command(
         "tokenizer": tokenizer,
         "save_every": save_every,
         "eval_every": eval_every,
+        "eval_batches": eval_batches,
         "keep_last": keep_last,
         "keep_best": keep_best,
         "on_nan": on_nan,

@@ -26,6 +26,7 @@ from effprof.report.sections import (
 )
 from effprof.report.subject import Subject
 from effprof.tape import ROLES
+from effprof.trainer.card import extent
 from effprof.units import GIB, duration, gib, quantity
 
 
@@ -255,10 +256,10 @@ def _of_run(subject: Subject) -> Page:
     tiles = [("updates", f"{done:,} of {steps:,}", "good" if "seconds" in document else "")]
     validation = document.get("validation")
     if validation:
-        perplexity = f"{validation['perplexity']:.2f}"
+        of = ", of a part" if _of_part(validation) else ""
         tiles += [
-            ("validation loss", f"{validation['loss']:.4f}", ""),
-            ("perplexity", perplexity, ""),
+            (f"validation loss{of}", f"{validation['loss']:.4f}", ""),
+            (f"perplexity{of}", f"{validation['perplexity']:.2f}", ""),
         ]
     elif rows:
         tiles.append(("loss", f"{rows[-1]['loss']:.4f}", ""))
@@ -274,6 +275,8 @@ def _of_run(subject: Subject) -> Page:
         notes.insert(0, f"The measured peak is {memory['meter']}.")
     if not rows:
         notes.insert(0, "No update is finished yet.")
+    if validation and _of_part(validation):
+        notes.insert(0, f"The validation is over {extent(validation)}.")
     every = settings({**document["plan"], **document["train"]})
     return Page(
         title, f"{subtitle} · run {subject.name}", tiles, [*curves([subject]), *shown, every], notes
@@ -292,12 +295,19 @@ def _runs(subjects: Sequence[Subject]) -> Page:
                 headline(document["plan"])[0],
                 f"{last.get('step', 0):,} of {document['train']['steps']:,}",
                 quantity(last.get("tokens", 0)),
-                f"{validation['perplexity']:.2f}" if validation else "",
+                f"{validation['perplexity']:.2f}{'*' * _of_part(validation)}" if validation else "",
                 gib(memory["measured_peak"]) if memory else "",
             )
         )
     head = ("run", "plan", "updates", "tokens", "validation perplexity", "peak")
-    return Page(f"{len(subjects)} runs", "", (), [Grid("Runs", head, rows), *curves(subjects)])
+    note = "* is over a part of the split." if any("*" in row[4] for row in rows) else ""
+    table = Grid("Runs", head, rows, note)
+    return Page(f"{len(subjects)} runs", "", (), [table, *curves(subjects)])
+
+
+def _of_part(validation: Mapping[str, Any]) -> bool:
+    """Whether a validation is of a part of the split; older summaries do not say: of all of it."""
+    return bool(validation.get("batches") != validation.get("split_batches"))
 
 
 _PAGES = {

@@ -251,6 +251,8 @@ def _show_share(out: Console, result: Estimate) -> None:
 
 def show_training(summary: Mapping[str, Any]) -> None:
     """How a run ended and where everything is."""
+    from effprof.trainer.card import extent
+
     out, result = console(), summary["validation"]
     plan, memory = summary["plan"], summary["memory"]
     out.print(
@@ -260,13 +262,18 @@ def show_training(summary: Mapping[str, Any]) -> None:
     if result:
         out.print(
             f"Validation loss {result['loss']:.4f} (perplexity {result['perplexity']:.2f}) over "
-            f"{result['tokens']:,} tokens"
+            f"{extent(result)}"
         )
-        out.print(
-            f"The benchmark's code would report {result['lineage_loss']:.4f}: a mean of batch "
-            f"means × K/(K+1)",
-            style="dim",
-        )
+        if result["batches"] == result["split_batches"]:
+            out.print(
+                f"The benchmark's code would report {result['lineage_loss']:.4f}: a mean of batch "
+                f"means × K/(K+1)",
+                style="dim",
+            )
+        elif result["split_batches"] is not None:
+            out.print(
+                "--eval-batches 0 validates all of it, as runs of 100 updates do.", style="dim"
+            )
     if summary["tokens"] != summary["real_tokens"]:
         out.print(f"Of these tokens {quantity(summary['real_tokens'])} are text, the rest padding.")
     out.print(f"Waited for data: {100 * summary['data_wait']:.2g} % of the updates' time")

@@ -34,7 +34,7 @@ def card(summary: Mapping[str, Any], steps: int) -> str:
         "time of the last session": duration(summary["seconds"]),
     }
     if result is not None:
-        rows["validation loss"] = f"{result['loss']:.4f} over {result['tokens']:,} tokens"
+        rows["validation loss"] = f"{result['loss']:.4f} over {extent(result)}"
         rows["perplexity"] = f"{result['perplexity']:.2f}"
     rows["memory estimated"] = gib(memory["estimated"])
     rows["memory measured"] = f"{gib(memory['measured_peak'])} ({memory['meter']})"
@@ -42,6 +42,17 @@ def card(summary: Mapping[str, Any], steps: int) -> str:
     title = f"# {plan['model'].rstrip('/').rpartition('/')[2]} · {plan['method']}"
     text = [*front, "---", "", title, "", f"Trained by {library}.", "", "| | |", "| --- | --- |"]
     return "\n".join([*text, *table, ""])
+
+
+def extent(result: Mapping[str, Any]) -> str:
+    """What a summary's validation is of: its tokens, and which part of the split they are."""
+    batches, split = result["batches"], result["split_batches"]
+    tokens = f"{result['tokens']:,} tokens"
+    if batches == split:
+        return tokens
+    if split is None:
+        return f"{tokens}, the first {batches} micro-batches of the stream"
+    return f"{tokens}, the first {batches} of {split} micro-batches of the split"
 
 
 def _listed(settings: Mapping[str, Any]) -> str:

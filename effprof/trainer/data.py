@@ -68,7 +68,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def evaluation(self, batches: int | None, device: torch.device) -> Iterator[Batch]:
+    def evaluation(self, batches: int, device: torch.device) -> Iterator[Batch]:
         """The rows in their own order, the last micro-batch perhaps smaller."""
         size = self.plan.micro_batch
         for start in range(0, len(self), size)[:batches]:

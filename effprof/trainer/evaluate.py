@@ -25,13 +25,20 @@ class Validation:
     """``loss`` is the mean over ``tokens`` targets, in nats.
 
     ``lineage_loss`` is what the benchmark's released code reports: the mean of per-batch means
-    times K / (K + 1) for K batches, because it counts one batch too many.
+    times K / (K + 1) for K batches, because it counts one batch too many. ``split`` is how many
+    micro-batches the whole split has, None where it is a stream, of which nobody knows.
     """
 
     loss: float
     lineage_loss: float
     tokens: int
     batches: int
+    split: int | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is of all of the split."""
+        return self.batches == self.split
 
     @property
     def perplexity(self) -> float:
@@ -44,6 +51,7 @@ def evaluate(
     batches: Iterable[Batch],
     plan: Plan,
     engine: Engine | None = None,
+    split: int | None = None,
 ) -> Validation:
     """Loss over validation batches; the model is back in training mode afterwards.
 
@@ -68,4 +76,4 @@ def evaluate(
             "The validation split has nothing to predict.", "Give more text with --data."
         )
     count = len(means)
-    return Validation(total / tokens, sum(means) / (count + 1), tokens, count)
+    return Validation(total / tokens, sum(means) / (count + 1), tokens, count, split)

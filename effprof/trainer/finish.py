@@ -81,5 +81,7 @@ def _summary(loop: Loop, result: Validation | None) -> dict[str, Any]:
             "perplexity": result.perplexity,
             "lineage_loss": result.lineage_loss,
             "tokens": result.tokens,
+            "batches": result.batches,
+            "split_batches": result.split,
         },
     }

@@ -27,7 +27,7 @@ from effprof.trainer.session import Session
 from effprof.trainer.step import training_step
 from effprof.trainer.stop import SharedStop, Stop
 
-EVAL_BATCHES = 64  # of the validation split during a run; the last evaluation takes all of it
+EVAL_BATCHES = 64  # of the validation split during a run, and of a stream's at its end
 _TRIES = {"stop": 0, "skip": 10, "rollback": 3}  # in a row, before a run gives up
 
 
@@ -103,7 +103,7 @@ class Loop:
             result = None
             if not self.unfinished() and not self.stop.wanted():
                 self.live.note("Validating and writing the model …")
-                result = self.validate(None)
+                result = self.validate(self.run.last_batches)
             if result is None:
                 self.live.note(finish.cut_short(self.stop.code, session, path))
         return finish.outcome(self, result)
@@ -168,8 +168,9 @@ class Loop:
             self.tries = 0
         result = self.validate(EVAL_BATCHES) if validating else None
         if result is not None:
-            row["validation_loss"] = result.loss
-            self.live.note(f"step {row['step']}: validation loss {result.loss:.4f}")
+            row["validation_loss"], row["validation_tokens"] = result.loss, result.tokens
+            part = "" if result.whole else f" over {result.tokens:,} tokens of the split"
+            self.live.note(f"step {row['step']}: validation loss {result.loss:.4f}{part}")
         self.ledger.write(row)
 
     def settle_all(self, *, validating: bool = False) -> None:
@@ -210,20 +211,22 @@ class Loop:
         if run.save_every and progress.step % run.save_every == 0:
             self.save()
 
-    def validate(self, limit: int | None) -> Validation | None:
-        """Over ``limit`` micro-batches or all of the split; None where the run is to stop first."""
-        session, stop = self.session, self.stop
+    def validate(self, limit: int) -> Validation | None:
+        """Over ``limit`` micro-batches, or with 0 all of the split (of a stream EVAL_BATCHES); None
+        where the run is to stop first.
+        """
+        session, stop, whole = self.session, self.stop, None
         if isinstance(session.validation, StreamBatches):
             total = limit or EVAL_BATCHES
             drawn = session.validation.evaluation(total)
         else:
             whole = -(-len(session.validation) // session.plan.micro_batch)
             total = min(limit or whole, whole)
-            drawn = session.validation.evaluation(limit, session.device)
+            drawn = session.validation.evaluation(total, session.device)
         until_signal = itertools.takewhile(lambda batch: not stop.wanted(), drawn)
         watched = self.live.watch("validating", until_signal, total)
         try:
-            result = evaluate(session.model, watched, session.plan, session.engine)
+            result = evaluate(session.model, watched, session.plan, session.engine, whole)
         except EffprofError:
             if not stop.wanted():
                 raise

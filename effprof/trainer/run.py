@@ -22,12 +22,15 @@ from effprof.step import work_out
 from effprof.trainer import checkpoint, guard, pretrained, schedule, sinks
 from effprof.trainer.checkpoint import Keep
 
+BRIEF, BRIEF_BATCHES = 100, 16  # fewer updates than this, and what then is validated
+
 
 @dataclass(frozen=True)
 class Run:
     """One training run. ``steps`` are optimizer updates; ``lr`` is the peak; ``clip`` 0 is off.
 
-    ``save_every`` and ``eval_every`` 0 mean only at the end, ``time_limit`` (seconds) 0 none.
+    ``save_every`` and ``eval_every`` 0 mean only at the end, ``time_limit`` (seconds) 0 none,
+    ``eval_batches`` 0 the whole split; None leaves it to the run's length.
     """
 
     plan: Plan
@@ -45,6 +48,7 @@ class Run:
     on_nan: str = "stop"
     save_every: int = 0
     eval_every: int = 0
+    eval_batches: int | None = None
     keep_last: int = 2
     keep_best: int = 0
     time_limit: float = 0.0
@@ -55,6 +59,15 @@ class Run:
     def keep(self) -> Keep:
         """Which checkpoints stay."""
         return Keep(self.keep_last, self.keep_best)
+
+    @property
+    def last_batches(self) -> int:
+        """Micro-batches of the last validation, 0 is all: a trial of a few updates does not wait
+        for a loss that says nothing yet.
+        """
+        if self.eval_batches is None:
+            return BRIEF_BATCHES if self.steps < BRIEF else 0
+        return self.eval_batches
 
     def table(self) -> dict[str, Any]:
         """The ``[train]`` table of run.toml."""
@@ -75,11 +88,17 @@ class Run:
 
 
 _TRAIN_FIELDS = tuple(f.name for f in dataclasses.fields(Run) if f.name not in ("plan", "out"))
-_WHOLE = ("steps", "warmup", "seed", "save_every", "eval_every", "keep_last", "keep_best")
+_WHOLE = (
+    *("steps", "warmup", "seed", "save_every", "eval_every", "eval_batches"),
+    *("keep_last", "keep_best"),
+)
 _REAL = ("lr", "clip", "time_limit")
 _SWITCHES = ("log_norms", "stream")
 # What a run may be resumed with another value of: no loss depends on it.
-_HABITS = ("save_every", "eval_every", "keep_last", "keep_best", "time_limit", "log_norms", "log")
+_HABITS = (
+    *("save_every", "eval_every", "eval_batches", "keep_last", "keep_best", "time_limit"),
+    *("log_norms", "log"),
+)
 
 
 def make(plan: Plan, out: Path, given: Mapping[str, Any]) -> Run:
@@ -102,7 +121,7 @@ def make(plan: Plan, out: Path, given: Mapping[str, Any]) -> Run:
                 "Leave it out for a default.",
             )
     for name in ("clip", "time_limit", *_WHOLE):
-        if getattr(run, name) < 0:
+        if (getattr(run, name) or 0) < 0:
             raise UsageError(
                 f"{flag(name)} must not be negative, not {getattr(run, name)}.",
                 f"Type {flag(name)} 0.",
