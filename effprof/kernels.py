@@ -68,18 +68,17 @@ class Attention:
         return ((4 * queries * self.seq_len, "delta"), (sums, "accumulators"))
 
 
+EMBEDDING_SCRATCH = ("sorted_indices", "radix_sort", "segments", "segment_sums")
+
+
 def embedding_backward(positions: int, vocab: int, hidden: int) -> tuple[tuple[int, str], ...]:
     """(bytes, label) beside an embedding's gradient, were every token another one."""
     if positions <= UNSORTED_INDICES:
         return ()
     distinct = min(positions, vocab)
     segments = distinct + (positions - distinct) // _PER_SEGMENT
-    return (
-        (2 * 8 * positions, "sorted_indices"),
-        (2 * 8 * positions, "radix_sort"),
-        (4 * 8 * positions, "segments"),
-        (4 * segments * hidden, "segment_sums"),
-    )
+    sizes = (2 * 8 * positions, 2 * 8 * positions, 4 * 8 * positions, 4 * segments * hidden)
+    return tuple(zip(sizes, EMBEDDING_SCRATCH, strict=True))
 
 
 def _multiple(number: int, of: int) -> int:

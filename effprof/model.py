@@ -145,7 +145,7 @@ class Matrix:
         return max(self.rows, self.columns)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Architecture:
     """The shapes a step is made of. ``config`` is the Hugging Face configuration it came from."""
 
@@ -269,7 +269,7 @@ class Architecture:
         ]
         return tuple(vectors)
 
-    @property
+    @functools.cached_property
     def parameters(self) -> int:
         """The number of parameters, equal to transformers' own count."""
         matrices = (*self.layer_matrices(), *self.expert_matrices())

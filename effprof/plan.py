@@ -489,6 +489,20 @@ class Plan:
         found._check_per_layer()
         return found
 
+    def with_rank(self, rank: int) -> Plan:
+        """The same plan at another rank of its update half; nothing else that is resolved depends
+        on it. Whether matrices take it `work_out` says.
+        """
+        assert self.halves.layer is None
+        assert self.rank is not None
+        found = copy.copy(self)
+        chosen = dataclasses.replace(self.optimizer_settings, rank=rank)
+        settings = dataclasses.asdict(chosen)
+        for name, value in (("rank", rank), ("settings", settings), ("update_settings", settings)):
+            found._set(name, value)
+        found._set("_recipe", dataclasses.replace(self.recipe, optimizer_settings=chosen))
+        return found
+
     @property
     def autocast(self) -> bool:
         """Whether torch's autocast casts weights; FSDP gathers them in the compute dtype itself."""

@@ -58,10 +58,7 @@ class Tensor:
 
     @property
     def numel(self) -> int:
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)

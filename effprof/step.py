@@ -177,6 +177,16 @@ class Step:
 
     def itemsize(self, dtype: str) -> int:
         """Bytes per number of a dtype name, the plan's own names resolved."""
+        known = self._itemsizes
+        if dtype not in known:
+            known[dtype] = self._itemsize(dtype)
+        return known[dtype]
+
+    @functools.cached_property
+    def _itemsizes(self) -> dict[str, int]:
+        return {}
+
+    def _itemsize(self, dtype: str) -> int:
         if dtype == "upcast":
             return 0 if self.plan.weight_dtype == "fp32" else ITEMSIZE["fp32"]
         if dtype in ("recast", "downcast"):

@@ -81,7 +81,8 @@ def test_ranks() -> None:
     assert list(document["left_out"]) == ["galore rank 512"]
 
 
-def test_table_and_csv_and_pictures(tmp_path: Path) -> None:
+def test_table_and_csv_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EFFPROF_QUIET", "1")  # a slow machine would tell its progress
     png, page = tmp_path / "a.png", tmp_path / "a.html"
     code, out, err = run_cli(
         *("compare", "--model", "350m", "--gpu", "rtx-4090", "--tokens", "6.4B"),

@@ -45,6 +45,38 @@ def test_a_search_has_the_bytes_of_the_estimate(name: str) -> None:
         )
 
 
+def test_ranks_between_three_have_the_bytes_of_the_estimate() -> None:
+    """Every size is a line over batches and a parabola over ranks: nothing is lost on the way."""
+    values = {"model": "60m", "gpu": "a100-80gb", "global_batch": 96, "allocator": "expandable"}
+    ranks = (8, 24, 40, 57, 128, 200, 511, 600)  # 600 is more than a matrix has
+    methods = ["galore", "apollo", "fira"]
+    space = Space(values, methods, ranks, named=True)
+    some = candidates(space)
+    assert {one.plan.rank for one in some.first} == set(ranks[:-1])
+    assert len(some.left_out) == len(methods)
+    found = search(space, some.first, gpus.gpu("a100-80gb"))
+    counted = {ranks[0], ranks[3], ranks[6]}
+    between = [
+        row
+        for row in range(len(found))
+        if found.candidates[found.candidate[row]].plan.rank not in counted
+    ]
+    for row in np.random.default_rng(0).choice(between, 12, replace=False).tolist():
+        exact = estimate(found.plan(row))
+        assert found.memory[row] == pytest.approx(exact.memory.peak.size, rel=1e-4)
+        assert exact.time is not None
+        assert found.seconds[row] * exact.time.positions == pytest.approx(
+            exact.time.update, rel=0.05
+        )
+
+
+def test_a_plan_at_another_rank_is_the_plan_of_that_rank() -> None:
+    plan = from_dict({"model": "60m", "method": "galore", "rank": 64, "state_dtype": "8bit"})
+    other = from_dict({"model": "60m", "method": "galore", "rank": 200, "state_dtype": "8bit"})
+    assert plan.with_rank(200) == other
+    assert plan.with_rank(200).recipe == other.recipe
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_search_over_several_gpus_has_their_bytes_and_their_seconds(parallel: str) -> None:
     values = {"model": "130m", "gpu": "a100-80gb", "gpus": 4, "parallel": parallel}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -58,10 +59,13 @@ def test_the_thread_ends_with_its_window() -> None:
 
 
 def test_the_cpus_twin_sees_memory_that_came_and_went() -> None:
-    with Window(torch.device("cpu"), HostSource(), interval=0.005) as window:
-        held = torch.ones(300 * 2**20, dtype=torch.uint8)
+    # New pages: an allocation may find free ones of this process.
+    with (
+        Window(torch.device("cpu"), HostSource(), interval=0.005) as window,
+        mmap.mmap(-1, 300 * 2**20) as held,
+    ):
+        held.write(b"1" * len(held))
         time.sleep(0.05)
-        del held
     found = window.measurement
     assert found.used is not None
     assert found.used - int(HostSource().read().used or 0) > 250 * 2**20

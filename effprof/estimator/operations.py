@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from effprof.estimator.autograd import Graph, Rule, Storage, Value
 from effprof.tape import Tape
 
+CHUNK = "loss.chunk."  # the labels of what a chunk of the loss holds
 _NOWHERE = Storage(Graph(Tape()), 0, 0)
 
 
@@ -312,9 +313,11 @@ def chunked_cross_entropy(
     if head.itemsize != compute:
         weight = graph.allocate(head.numel, compute, "head_cast")
     total = graph.allocate(1, 4, "loss", "activations")
-    positions = shifted.numel
+    positions, outer = shifted.numel, graph.module
+    graph.module = CHUNK
     for start in range(0, positions, rows):
         _chunk(graph, min(rows, positions - start), vocab, weight, held[1])
+    graph.module = outer
     del weight
 
     def rule(graph: Graph, gradient: Value, saved: list[Value]) -> Sequence[Value | None]:

@@ -56,6 +56,11 @@ class Work:
     kernels: float = 0.0
     decomposition: float = 0.0
 
+    def stream(self, size: float, *, mapped: bool) -> None:
+        """Elementwise kernels that write so many bytes, each beyond MAPPED or not."""
+        self.traffic += TRAFFIC * size
+        self.fresh += size if mapped else 0.0
+
     def flops(self) -> float:
         """Of the matrix products."""
         return sum(flops for flops, _ in self.products)
@@ -192,12 +197,16 @@ def _traffic(step: Step, tape: Tape, found: dict[str, Work]) -> None:
 def add_kernel(one: Work, tape: Tape, storage: int, size: int, times: float = 1.0) -> None:
     """The kernel that allocated ``size`` bytes; a product's traffic is with its FLOPs."""
     one.kernels += times
+    if streams_through(tape, storage):
+        one.stream(times * size, mapped=size >= MAPPED)
+
+
+def streams_through(tape: Tape, storage: int) -> bool:
+    """Whether an elementwise kernel writes it: no product, no gradient, nothing off the network."""
     operation = tape.labels[storage].rpartition(".")[2]
-    if tape.roles[storage] == "gradients" or operation in _PRODUCTS or operation in _SENT:
-        return
-    one.traffic += times * TRAFFIC * size
-    if size >= MAPPED:
-        one.fresh += times * size
+    if operation in _PRODUCTS or operation in _SENT:
+        return False
+    return tape.roles[storage] != "gradients"
 
 
 def rewrite(step: Step, found: dict[str, Work]) -> None:

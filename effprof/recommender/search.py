@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,16 @@ from effprof.estimator.memory import memory
 from effprof.estimator.network import traffic
 from effprof.estimator.time import Rates, rates_of, time, unknown
 from effprof.gpus import Gpu
-from effprof.kernels import UNSORTED_INDICES
 from effprof.plan import Plan, from_dict
-from effprof.recommender.instants import Held, Passage, held, passage, regular
-from effprof.recommender.space import Candidate, Space
+from effprof.recommender import lines
+from effprof.recommender.curves import Curve, curve
+from effprof.recommender.instants import Held, held, passage, regular
+from effprof.recommender.lines import Kept
+from effprof.recommender.space import SHORT, Candidate, Space
 from effprof.step import Step, work_out
 
 Numbers = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.int64]
 Told = Callable[[int, int], None]
 
 
@@ -48,8 +51,8 @@ class Found:
     space: Space
     candidates: Sequence[Candidate]
     forms: Sequence[Form]
-    candidate: npt.NDArray[np.int64]
-    form: npt.NDArray[np.int64]
+    candidate: Rows
+    form: Rows
     memory: Numbers
     seconds: Numbers
     perplexity: Numbers
@@ -84,9 +87,12 @@ def search(
     Raises UsageError where no plan is left.
     """
     run = _Search(space, card)
-    for done, candidate in enumerate(candidates):
+    done = 0
+    for _, own in itertools.groupby(candidates, key=lambda one: one.line):
         told(done, len(candidates))
-        run.add(done, candidate)
+        line = list(own)
+        run.add(done, line)
+        done += len(line)
     told(len(candidates), len(candidates))
     if not run.rows:
         raise UsageError("No plan takes these flags.", "Leave some of them out.")
@@ -107,49 +113,57 @@ def search(
     )
 
 
-@dataclass(frozen=True)
-class _Curve:
-    """A way of passing at any micro-batch: bytes by allocator × batch, seconds forwards and
-    backwards × batch.
-    """
-
-    peak: Numbers
-    completed: Mapping[str, Numbers]
-    seconds: Numbers
-
-
 class _Search:
     """Rows as they are found: arrays of (candidate, form, bytes, seconds per position)."""
 
     def __init__(self, space: Space, card: Gpu) -> None:
         self.space, self.card = space, card
         self.allocators, self.batches = space.allocators(), space.batches()
-        self.places = {size: at for at, (size, _) in enumerate(self.batches)}
-        self.rows: list[tuple[Numbers, ...]] = []
+        self.rows: list[tuple[npt.NDArray[Any], ...]] = []
         self.forms: dict[Form, int] = {}
+        self.layers: dict[Any, int] = {}  # a number of each kind of decoder layer
+        self._kinds: dict[Any, Rows] = {}
         self._variants: dict[Any, Plan | None] = {}
-        self._curves: dict[Any, _Curve] = {}
+        self._curves: dict[Any, Curve] = {}
 
-    def add(self, number: int, candidate: Candidate) -> None:
-        """Every form of one candidate."""
-        plan, space = candidate.plan, self.space
-        quick, layers = regular(plan), _fingerprint(candidate.step)
+    def add(self, first: int, line: Sequence[Candidate]) -> None:
+        """Every form of candidates that differ in rank alone; ``first`` is the first's number."""
+        candidate, space = line[0], self.space
+        plan, numbers = candidate.plan, np.arange(first, first + len(line))
+        layers = self.layers.setdefault(_fingerprint(candidate.step), len(self.layers))
         rates = None if unknown(self.card, plan) else rates_of(self.card, plan)
-        kept = held(_alone(candidate.step), self.card, rates, self.allocators) if quick else None
+        own = self._kept(line, rates) if regular(plan) else None
         for way in itertools.product(space.open("checkpointing"), space.open("loss")):
             variant = self._variant(layers, candidate, *way)
             for accumulates, batches in self._batches(plan) if variant else ():
                 assert variant is not None
-                if kept is None:
-                    self._replay(number, variant, batches)
+                if own is None:
+                    self._replay(numbers, variant, batches)
                     continue
-                kinds = _gradients(plan, accumulates=accumulates)
-                fresh = not (kinds or plan.per_layer_update)
+                copies = _gradients(plan, accumulates=accumulates)
+                fresh = not (copies or plan.per_layer_update)
                 curve = self._curve(layers, variant, rates, fresh=fresh)
-                places = [self.places[size] for size, _ in batches]
-                sizes = _together(curve, kept, kinds)[:, places]
-                took = self._update_seconds(candidate.step, curve.seconds[:, places], batches, kept)
-                self._append(number, variant, batches, sizes, took if rates else took * np.nan)
+                places = [curve.places[size] for size, _ in batches]
+                sizes = _together(curve, own, copies)[..., places]
+                took = self._update_seconds(line, curve.seconds[:, places], batches, own)
+                self._append(numbers, variant, batches, sizes, took if rates else took * np.nan)
+
+    def _kept(self, line: Sequence[Candidate], rates: Rates | None) -> Kept:
+        """What each candidate of a line holds: of a long one three are counted, if they are
+        alike.
+        """
+
+        def found(some: Sequence[Candidate]) -> list[Held]:
+            return [held(_alone(one.step), self.card, rates, self.allocators) for one in some]
+
+        if len(line) > SHORT:
+            nodes = [line[0], line[len(line) // 2], line[-1]]
+            counted = found(nodes)
+            if lines.alike(counted):
+                ranks = [[one.plan.rank or 0 for one in some] for some in (nodes, line)]
+                return lines.kept(counted, lines.weights(*ranks))
+        counted = found(line)
+        return lines.together([lines.kept([one], np.ones((1, 1))) for one in counted])
 
     def _variant(
         self, layers: Any, candidate: Candidate, checkpointing: str, loss: str
@@ -168,56 +182,38 @@ class _Search:
                 self._variants[key] = None
         return self._variants[key]
 
-    def _curve(self, layers: Any, variant: Plan, rates: Rates | None, *, fresh: bool) -> _Curve:
-        """Passages at some micro-batches, the others between them. Between two samples a tape has
-        the same events, whose sizes are linear in the batch.
-        """
+    def _curve(self, layers: Any, variant: Plan, rates: Rates | None, *, fresh: bool) -> Curve:
+        """Passages at the smallest and the largest micro-batch, the others between them."""
         key = (layers, variant.checkpointing, variant.loss, fresh)
-        if key in self._curves:
-            return self._curves[key]
-        sizes = [size for size, _ in self.batches]
-        parts: list[tuple[Numbers, Mapping[str, Numbers], Numbers]] = []
-        for run in [sizes[-1:]] if fresh else _runs(variant, sizes):
-            first, last = (self._passage(variant, run[at], rates, fresh) for at in (0, -1))
-            for size in run:
-                share = (size - run[0]) / (run[-1] - run[0] or 1)
-                parts.append(_between(first, last, share))
-        peaks, completed, sides = zip(*parts, strict=True)
-        columns = len(sizes) - len(parts)
-        self._curves[key] = _Curve(
-            _columns(peaks, columns),
-            {name: _columns([one[name] for one in completed], columns) for name in completed[0]},
-            _columns([self._seconds(one) for one in sides], columns),
-        )
+        if key not in self._curves:
+            sizes = [size for size, times in self.batches if times == 1 or not fresh]
+            ends = [
+                passage(work_out(variant.with_batch(size, 1)), self.card, fresh=fresh)
+                for size in dict.fromkeys((sizes[0], sizes[-1]))
+            ]
+            self._curves[key] = curve(ends[0], ends[-1], sizes, rates, self.allocators)
         return self._curves[key]
 
-    def _passage(self, variant: Plan, size: int, rates: Rates | None, fresh: bool) -> Passage:
-        step = work_out(variant.with_batch(size, 1))
-        return passage(step, self.card, rates, self.allocators, fresh=fresh)
-
-    def _seconds(self, sides: Numbers) -> Numbers:
-        """Of the device's and the host's, forwards and backwards: a CPU is both."""
-        if not len(sides):
-            return np.zeros(2)
-        pairs = sides.reshape(2, 2)
-        found: Numbers = pairs.sum(1) if self.space.on_cpu else pairs.max(1)
-        return found
-
     def _update_seconds(
-        self, step: Step, passing: Numbers, batches: list[tuple[int, int]], kept: Held
+        self,
+        line: Sequence[Candidate],
+        passing: Numbers,
+        batches: list[tuple[int, int]],
+        own: Kept,
     ) -> Numbers:
-        """Seconds of an update over its positions, those of all GPUs; what GPUs say to one another
-        included.
+        """Seconds of an update over its positions, by candidate × batch; positions are those of all
+        GPUs, and what these say to one another is included.
         """
         micro, often = np.array(batches).T
-        total: Numbers = passing.sum(0) * often + kept.seconds
-        if step.plan.gpus > 1 and kept.seconds:
-            for at, (forward, backward) in enumerate((passing * often).T.tolist()):
-                batch = step.plan.with_batch(*batches[at])
-                phases = {"forward": forward, "backward": backward, "update": kept.seconds}
-                own = dataclasses.replace(step, plan=batch)
-                total[at] += traffic(own, self.card, phases | {"refresh": 0.0}).exposed
-        total /= micro * often * self.space.gpus * step.plan.seq_len
+        total: Numbers = passing.sum(0) * often + own.seconds[:, None]
+        if self.space.gpus > 1 and own.seconds.any():
+            for row, (one, update) in enumerate(zip(line, own.seconds.tolist(), strict=True)):
+                for at, (forward, backward) in enumerate((passing * often).T.tolist()):
+                    batch = one.plan.with_batch(*batches[at])
+                    phases = {"forward": forward, "backward": backward, "update": update}
+                    step = dataclasses.replace(one.step, plan=batch)
+                    total[row, at] += traffic(step, self.card, phases | {"refresh": 0.0}).exposed
+        total /= micro * often * self.space.gpus * line[0].plan.seq_len
         return total
 
     def _batches(self, plan: Plan) -> list[tuple[bool, list[tuple[int, int]]]]:
@@ -232,7 +228,7 @@ class _Search:
             rest = []
         return [(adds, one) for adds, one in ((True, rest), (False, whole)) if one]
 
-    def _replay(self, number: int, plan: Plan, batches: list[tuple[int, int]]) -> None:
+    def _replay(self, numbers: Rows, plan: Plan, batches: list[tuple[int, int]]) -> None:
         """Plans whose micro-steps differ are estimated whole."""
         sizes, seconds = np.zeros((len(self.allocators), len(batches))), np.zeros(len(batches))
         for at, (micro_batch, grad_accum) in enumerate(batches):
@@ -244,24 +240,31 @@ class _Search:
                 took = time(step, found.tape, self.card, flops(step))
                 sizes[row, at] = found.peak.size
                 seconds[at] = np.nan if took is None else took.update / took.positions
-        self._append(number, plan, batches, sizes, seconds)
+        self._append(numbers, plan, batches, sizes[None], seconds[None])
 
     def _append(
         self,
-        number: int,
+        numbers: Rows,
         plan: Plan,
         batches: list[tuple[int, int]],
         sizes: Numbers,
         seconds: Numbers,
     ) -> None:
-        for allocator, own in zip(self.allocators, sizes, strict=True):
-            forms = [
-                self.forms.setdefault(
-                    Form(plan.checkpointing, plan.loss, *batch, allocator), len(self.forms)
-                )
-                for batch in batches
-            ]
-            self.rows.append((np.full(len(forms), number), np.array(forms), own, seconds))
+        key = (plan.checkpointing, plan.loss, *batches)
+        if key not in self._kinds:
+            self._kinds[key] = np.array(
+                [
+                    self.forms.setdefault(
+                        Form(plan.checkpointing, plan.loss, *batch, allocator), len(self.forms)
+                    )
+                    for allocator in self.allocators
+                    for batch in batches
+                ]
+            )
+        forms = self._kinds[key]
+        took = np.broadcast_to(seconds[:, None], sizes.shape).ravel()
+        index = np.repeat(numbers, len(forms))
+        self.rows.append((index, np.tile(forms, len(numbers)), sizes.ravel(), took))
 
 
 def _gradients(plan: Plan, *, accumulates: bool) -> int:
@@ -276,51 +279,19 @@ def _gradients(plan: Plan, *, accumulates: bool) -> int:
     return int(accumulates or zeros)
 
 
-def _together(curve: _Curve, kept: Held, copies: int) -> Numbers:
-    """Peaks of an update in bytes, by allocator × batch, whose micro-steps find so many copies of
-    the gradients.
+def _together(curve: Curve, own: Kept, copies: int) -> Numbers:
+    """Peaks of an update in bytes, by candidate × allocator × batch, whose micro-steps find so many
+    copies of the gradients.
     """
-    gradients, transient = (np.array(one)[:, None] for one in (kept.gradients, kept.transient))
-    if kept.in_backward:
+    gradients, transient = own.gradients[..., None], own.transient[..., None]
+    if own.in_backward:
         alive = np.maximum(curve.peak, transient)
-        for name, size in kept.in_backward.items():
-            alive = np.maximum(alive, curve.completed[name] + np.array(size)[:, None])
+        for name, size in own.in_backward.items():
+            alive = np.maximum(alive, curve.completed[name] + size[..., None])
     else:
         alive = np.maximum(curve.peak + copies * gradients, gradients + transient)
-    total: Numbers = np.array(kept.resident)[:, None] + alive
+    total: Numbers = own.resident[..., None] + alive
     return total
-
-
-def _columns(rows: Sequence[Numbers], missing: int) -> Numbers:
-    """One column per micro-batch; those before the first that is there are not asked for."""
-    found: Numbers = np.stack(rows, axis=-1)
-    return np.concatenate((np.zeros((*found.shape[:-1], missing)), found), axis=-1)
-
-
-def _between(
-    first: Passage, last: Passage, share: float
-) -> tuple[Numbers, Mapping[str, Numbers], Numbers]:
-    """Peaks by allocator, all and by completed parameter, and seconds at a batch between two, whose
-    tapes have the same events with sizes linear in the batch.
-    """
-    alive = first.alive + share * (last.alive - first.alive)
-    completed = {name: alive[:, events].max(1) for name, events in first.completed.items()}
-    sides = np.array(first.seconds) * (1 - share) + np.array(last.seconds) * share
-    return alive.max(1), completed, sides
-
-
-def _runs(plan: Plan, sizes: Sequence[int]) -> list[list[int]]:
-    """Micro-batches among which nothing but sizes changes: embedding's backward has other buffers
-    from some positions on, and no more distinct tokens than the vocabulary; the loss has as many
-    chunks.
-    """
-
-    def regime(size: int) -> tuple[Any, ...]:
-        positions = size * plan.seq_len
-        chunks = positions / plan.with_batch(size, 1).loss_rows if plan.loss == "chunked" else 0
-        return (positions <= UNSORTED_INDICES, positions <= plan.architecture.vocab, chunks)
-
-    return [list(run) for _, run in itertools.groupby(sizes, regime)]
 
 
 _PASSED = ("forward", "backward", "backward_input", "backward_weights")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ from effprof.recommender.compare import common_lineage
 from effprof.recommender.instants import regular
 from effprof.step import Step, work_out
 
+SHORT = 3  # ranks up to which each is worked out by itself
 POSITIONS = 131_072  # per update, of the published runs: 512 rows of 256
 
 
@@ -93,20 +96,23 @@ class Space:
         return ("default",) if self.on_cpu else ("default", "expandable")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Candidate:
     """A method with its settings, states and update: all but the batch and how activations are
-    kept. ``plan`` has one row; ``perplexity`` is what methods are ordered by, None where nothing
-    is known.
+    kept. ``plan`` has one row; candidates of one ``line`` are neighbours that differ in the rank of
+    their update half alone; ``perplexity`` is what methods are ordered by, None where nothing is
+    known.
     """
 
-    step: Step
+    plan: Plan
     given: Mapping[str, Any]
+    line: str
     perplexity: float | None = None
 
-    @property
-    def plan(self) -> Plan:
-        return self.step.plan
+    @functools.cached_property
+    def step(self) -> Step:
+        """Raises UsageError where the method cannot take one of the matrices."""
+        return work_out(self.plan)
 
     @property
     def recipe(self) -> tuple[Any, ...]:
@@ -156,11 +162,14 @@ def candidates(space: Space, lineage: str = "") -> Candidates:
     chosen = lineage or _lineage([plan for plan in plans if plan])
     first: list[Candidate] = []
     others: list[Candidate] = []
+    known: dict[Any, float | None] = {}
     for one, plan in zip(found, plans, strict=True):
-        own = quality(plan, chosen) if plan else None
-        ordered = dataclasses.replace(one, perplexity=own.perplexity if own else None)
+        if one.recipe not in known:
+            own = quality(plan, chosen) if plan else None
+            known[one.recipe] = own.perplexity if own else None
+        one.perplexity = known[one.recipe]
         quick = one.plan.halves.layer is None or space.named
-        (first if quick or _known(plan) else others).append(ordered)
+        (first if quick or _known(plan) else others).append(one)
     return Candidates(first or others, others if first else [], left_out, chosen, borrowed)
 
 
@@ -196,23 +205,65 @@ def _forms(space: Space, default: Plan, left_out: dict[str, str]) -> Iterator[Ca
     """A method's candidates: its ranks and settings, in each precision and way of updating. Those
     that it takes in no form are left out with the reason.
     """
-    seen = set()
+    seen, taken, problems = set[str](), set[str](), dict[str, str]()
     for settings in _settings(space, default):
-        problem, taken = "", False
         for form in _updates(space):
             given = {"method": default.method, **settings, **form}
-            try:
-                step = work_out(_plan(space, given))
-            except UsageError as error:  # a combination that the method does not have
-                problem = problem or error.message
-                continue
-            taken = True
-            key = str(step.plan.as_dict())
-            if key not in seen and (space.ranks or _is_known(step.plan, default)):
-                seen.add(key)
-                yield Candidate(step, given)
-        if not taken and (space.ranks or space.vary):
-            left_out[f"{default.method} {settings}"] = problem
+            for rank, found in _along(space, given, default):
+                named = {**({} if rank is None else {"rank": rank}), **settings}
+                label = f"{default.method} {named}"
+                if isinstance(found, UsageError):
+                    problems.setdefault(label, found.message)
+                    continue
+                taken.add(label)
+                if found is not None and (key := str(found.plan.as_dict())) not in seen:
+                    seen.add(key)
+                    yield found
+    if space.ranks or space.vary:
+        left_out |= {label: why for label, why in problems.items() if label not in taken}
+
+
+_Found = tuple[int | None, "Candidate | UsageError | None"]
+
+
+def _along(space: Space, given: Mapping[str, Any], default: Plan) -> Iterator[_Found]:
+    """A candidate of each rank, None where it is not wanted, or why it cannot be. Of many ranks of
+    an update half one is resolved, and the others are that one's plan at another rank.
+    """
+    ranks = _ranks(space, default)
+    if len(ranks) > SHORT and default.halves.layer is None:
+        yield from _line(space, given, sorted(rank for rank in ranks if rank))
+        return
+    for rank in ranks:
+        own = given if rank is None else {**given, "rank": rank}
+        try:
+            candidate = Candidate(_plan(space, own), own, str(own))
+            wanted = space.ranks or _is_known(candidate.plan, default)
+            yield rank, candidate if wanted and candidate.step else None
+        except UsageError as problem:
+            yield rank, problem
+
+
+def _line(space: Space, given: Mapping[str, Any], ranks: Sequence[int]) -> Iterator[_Found]:
+    """Many ranks: what its matrices take is a matter of the highest."""
+    try:
+        lowest = _plan(space, {**given, "rank": ranks[0]})
+    except UsageError as problem:
+        yield from ((rank, problem) for rank in ranks)
+        return
+
+    def refused(rank: int) -> UsageError | None:
+        try:
+            work_out(lowest.with_rank(rank))
+        except UsageError as problem:
+            return problem
+        return None
+
+    taken = bisect.bisect_left(ranks, True, key=lambda rank: refused(rank) is not None)
+    for rank in ranks[:taken]:
+        yield rank, Candidate(lowest.with_rank(rank), {**given, "rank": rank}, str(given))
+    for rank in ranks[taken:]:
+        yield rank, refused(rank)
 
 
 def _is_known(plan: Plan, default: Plan) -> bool:
@@ -238,18 +289,20 @@ def _plan(space: Space, given: Mapping[str, Any]) -> Plan:
     return from_dict({**space.values, **given, **batch, "settings": settings})
 
 
+def _ranks(space: Space, default: Plan) -> Sequence[int | None]:
+    """A method's ranks; None stands for the one it has, or for none."""
+    if default.rank is None or "rank" in space.values:
+        return (None,)
+    own = default.rank
+    return space.ranks or sorted({own, max(own // 2, 1), own * 2})
+
+
 def _settings(space: Space, default: Plan) -> Iterator[dict[str, Any]]:
-    """Ranks, and further values of the settings that the method has."""
-    ranks: Iterable[int | None] = (None,)
-    if default.rank is not None and "rank" not in space.values:
-        own = default.rank
-        ranks = space.ranks or sorted({own, max(own // 2, 1), own * 2})
+    """Further values of the settings that the method has."""
     named = [(key, values) for key, values in space.vary.items() if key in default.settings]
-    for rank in ranks:
-        first = {} if rank is None else {"rank": rank}
-        for values in itertools.product(*(values for _, values in named)):
-            chosen = dict(zip((key for key, _ in named), values, strict=True))
-            yield {**first, "settings": chosen} if chosen else first
+    for values in itertools.product(*(values for _, values in named)):
+        chosen = dict(zip((key for key, _ in named), values, strict=True))
+        yield {"settings": chosen} if chosen else {}
 
 
 def _updates(space: Space) -> Iterator[dict[str, Any]]:
