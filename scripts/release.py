@@ -1,6 +1,8 @@
 """The release checklist: each line is checked, and what is left to a person is printed at the end.
 
-python scripts/release.py            about a minute; exits 1 while anything is missing
+python scripts/release.py --cut         moves [Unreleased] of CHANGELOG.md under the version
+python scripts/release.py               goes through the list; exits 1 while anything is missing
+python scripts/release.py --skip-tests  the same where the tests passed elsewhere; it says so
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+CHANGELOG, DIST = ROOT / "CHANGELOG.md", ROOT / "dist"
 MINORS = (11, 12, 13)  # of the Pythons that are promised
 QUIET = {"DISABLE_MKDOCS_2_WARNING": "true", "NO_MKDOCS_2_WARNING": "1"}
 WHEEL_MIB = 2
@@ -50,12 +54,36 @@ def version_is_everywhere() -> str:
 
 
 def changelog_has_it() -> str:
-    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    heads = re.findall(r"^## \[(.+?)\]", text, re.MULTILINE)
-    assert version() in heads, f"no section [{version()}]; there is {', '.join(heads)}"
-    unreleased = text.partition("## [Unreleased]")[2].partition("\n## ")[0].strip()
-    assert not unreleased, "[Unreleased] still has entries: move them"
-    return f"[{version()}]"
+    text = CHANGELOG.read_text(encoding="utf-8")
+    assert version() in sections(text), f"no section [{version()}]; --cut moves [Unreleased] there"
+    assert not unreleased(text), f"[Unreleased] has entries beside [{version()}]: move them by hand"
+    dated = re.search(rf"^## \[{re.escape(version())}\] - (\d{{4}}-\d\d-\d\d)$", text, re.MULTILINE)
+    assert dated, f"[{version()}] has no date: write ## [{version()}] - {time.strftime('%Y-%m-%d')}"
+    return f"[{version()}] of {dated[1]}"
+
+
+def sections(text: str) -> list[str]:
+    """The versions a changelog has a section of, [Unreleased] among them."""
+    return re.findall(r"^## \[(.+?)\]", text, re.MULTILINE)
+
+
+def unreleased(text: str) -> str:
+    """What stands under [Unreleased]."""
+    return text.partition("## [Unreleased]\n")[2].partition("\n## ")[0].strip()
+
+
+def cut(text: str, number: str, date: str) -> str:
+    """A changelog whose unreleased entries are that version's, under an empty [Unreleased]."""
+    assert number not in sections(text), f"there is a section [{number}]: raise the version first"
+    assert unreleased(text), "[Unreleased] has no entries"
+    head, _, rest = text.partition("## [Unreleased]\n")
+    return f"{head}## [Unreleased]\n\n## [{number}] - {date}\n{rest}"
+
+
+def tests_pass() -> str:
+    for tool in (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",)):
+        run(sys.executable, "-m", *tool)
+    return run(sys.executable, "-m", "pytest", "-q", "-n", "auto").strip().splitlines()[-1]
 
 
 def generated_is_fresh() -> str:
@@ -68,12 +96,14 @@ def documentation_builds() -> str:
         return f"{sum(1 for _ in Path(folder).rglob('*.html'))} pages, no broken link"
 
 
-def build_is_clean(dist: Path) -> str:
-    said = run(sys.executable, "-m", "build", "--outdir", str(dist))
+def build_is_clean() -> str:
+    for folder in (DIST, ROOT / "build"):  # what an older tree left there would be packed, too
+        shutil.rmtree(folder, ignore_errors=True)
+    said = run(sys.executable, "-m", "build", "--outdir", str(DIST))
     warned = [line for line in said.splitlines() if "warning" in line.lower()]
     warned = [line for line in warned if "byte-compiling is disabled" not in line]  # asked for
     assert not warned, said[-2000:]
-    (wheel,) = dist.glob("*.whl")
+    (wheel,) = DIST.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     wanted = {"effprof/report/report.js", "effprof/schemas/estimate.json", "effprof/py.typed"}
     assert wanted <= set(names), f"not in the wheel: {wanted - set(names)}"
@@ -83,7 +113,7 @@ def build_is_clean(dist: Path) -> str:
     return f"{len(names)} files, {size:.2f} MiB"
 
 
-def wheel_runs(dist: Path) -> str:
+def wheel_runs() -> str:
     pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser()
     found = []
     for minor in MINORS:
@@ -92,37 +122,55 @@ def wheel_runs(dist: Path) -> str:
         works = (p for p in places if not subprocess.run([p, "-V"], capture_output=True).returncode)
         python = next(works, None)
         if python:
-            run(str(python), "scripts/wheel_smoke.py", str(dist))
+            run(str(python), "scripts/wheel_smoke.py", str(DIST))
             found.append(f"3.{minor}")
     assert found, "none of these Pythons is here"
     return f"under {', '.join(found)}"
 
 
-def main() -> int:
-    """Go through the list."""
+CHECKS: dict[str, Callable[[], str]] = {
+    "the tree is clean": tree_is_clean,
+    "one version": version_is_everywhere,
+    "the changelog": changelog_has_it,
+    "help snapshots": generated_is_fresh,
+    "documentation": documentation_builds,
+    "sdist and wheel": build_is_clean,
+    "the wheel runs": wheel_runs,
+    "lint and tests": tests_pass,
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Cut the changelog, or go through the list."""
+    if arguments not in ([], ["--cut"], ["--skip-tests"]):
+        print(__doc__)
+        return 2
+    if arguments == ["--cut"]:
+        try:
+            text = cut(CHANGELOG.read_text(encoding="utf-8"), version(), time.strftime("%Y-%m-%d"))
+        except AssertionError as problem:
+            print(f"Not cut: {problem}.")
+            return 1
+        CHANGELOG.write_text(text, encoding="utf-8")
+        print(f"CHANGELOG.md: [Unreleased] is now [{version()}]. Next: git commit -am v{version()}")
+        return 0
     missing = 0
-    with tempfile.TemporaryDirectory() as folder:
-        dist = Path(folder)
-        checks: dict[str, Callable[[], str]] = {
-            "the tree is clean": tree_is_clean,
-            "one version": version_is_everywhere,
-            "the changelog": changelog_has_it,
-            "help snapshots": generated_is_fresh,
-            "documentation": documentation_builds,
-            "sdist and wheel": lambda: build_is_clean(dist),
-            "the wheel runs": lambda: wheel_runs(dist),
-        }
-        for name, check in checks.items():
-            try:
-                print(f"ok       {name}: {check()}", flush=True)
-            except AssertionError as problem:
-                missing += 1
-                print(f"MISSING  {name}: {problem}", flush=True)
+    for name, check in CHECKS.items():
+        if check is tests_pass and arguments:
+            print(f"SKIPPED  {name}: --skip-tests says that they passed elsewhere, at this commit")
+            continue
+        try:
+            print(f"ok       {name}: {check()}", flush=True)
+        except AssertionError as problem:
+            missing += 1
+            print(f"MISSING  {name}: {problem}", flush=True)
     if missing:
         return 1
-    print(f"Left to you: .ci/run; git tag v{version()}; git push --tags; upload dist/.")
+    files = " ".join(str(path.relative_to(ROOT)) for path in sorted(DIST.iterdir()))
+    tag = f"v{version()}"
+    print(f"Left to you: git tag -a {tag} -m {tag}; git push --follow-tags; upload {files}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

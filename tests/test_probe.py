@@ -60,6 +60,7 @@ def test_table(tiny: str) -> None:
     assert "tokens/s" in out
     # A command to paste is one line, however long.
     assert all(len(line) <= 100 for line in out.splitlines() if not line.startswith("Next:"))
+    assert out.count("--steps ") == 1
 
 
 def limited(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:

@@ -95,7 +95,7 @@ def command(
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,
 ) -> int:
-    """Train methods on one budget of data, each with its best learning rate; an honest table."""
+    """Train methods on one budget, each with its best learning rate."""
     from effprof.bench.spec import parse, read
 
     if against not in (None, "published"):

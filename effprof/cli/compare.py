@@ -63,7 +63,7 @@ def command(
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,
 ) -> int:
-    """Memory, time and published or expected perplexity of every method, one line each."""
+    """Memory, time and perplexity of every method, one line each."""
     from effprof.recommender import compare as comparing
     from effprof.report.live import progress
 

@@ -19,7 +19,7 @@ def command(
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,
 ) -> int:
-    """Driver, GPUs, versions and settings; what can run here and what would add the rest."""
+    """Driver, GPUs and versions: what can run, what to add."""
     from effprof.measure.doctor import examine
 
     found = examine()

@@ -32,7 +32,10 @@ def command(
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,
 ) -> int:
-    """Memory by role, FLOPs and the cards that fit; exit 3 when --gpu does not fit."""
+    """Memory by role, FLOPs, time and the cards that fit.
+
+    Exit 3 when it does not fit --gpu.
+    """
     from effprof.estimator.estimate import estimate
 
     plan = plan_from(flags)

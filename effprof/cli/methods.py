@@ -27,7 +27,7 @@ def command(
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,
 ) -> int:
-    """List the methods, or show one's facts, settings and deviations from its paper."""
+    """List the methods, or show one's settings, costs and sources."""
     chosen = [registry.method(n) for n in ([name] if name else registry.names())]
     shares = held_shares([method.name for method in chosen])
     if as_json:

@@ -27,7 +27,7 @@ def command(
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,
 ) -> int:
-    """List the model presets, or show one model's shape and parameters."""
+    """List the model presets, or show one's shape and parameters."""
     names = [name] if name else list(dict.fromkeys(c["name"] for c in presets().values()))
     shapes = [architecture(one) for one in names]
     if as_json:

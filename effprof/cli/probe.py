@@ -62,7 +62,7 @@ def command(
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,
 ) -> int:
-    """Run the plan's step for real in a process of its own and compare.
+    """Run the plan's step for real and hold it against the estimate.
 
     Exit 3 when memory runs out.
     """

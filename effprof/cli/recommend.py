@@ -51,7 +51,10 @@ def command(
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,
 ) -> int:
-    """The plan to train with, why, and what would change the answer; exit 3 when nothing fits."""
+    """The plan to train with, why, and what would change it.
+
+    Exit 3 when nothing fits.
+    """
     from effprof.recommender.choice import OBJECTIVES, Limits
     from effprof.recommender.recommend import recommend
     from effprof.report.live import progress

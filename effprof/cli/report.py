@@ -29,7 +29,7 @@ def command(
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,
 ) -> int:
-    """Write one self-contained HTML page: memory over time, breakdown, curves, Pareto front."""
+    """Write one self-contained HTML page about what a command left."""
     from effprof.files import check_writable
     from effprof.report.page import write_page
     from effprof.report.pages import page_of

@@ -36,7 +36,10 @@ def command(
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,
 ) -> int:
-    """Memory tensor by tensor, from the real code without a GPU; exit 3 when --gpu does not fit."""
+    """Memory tensor by tensor, from the real code without a GPU.
+
+    Exit 3 when it does not fit --gpu.
+    """
     if diff:
         _refuse_with_diff({"--png": png, "--html": html, "--snapshot": snapshot}, flags)
         return _difference(diff, as_json=as_json)

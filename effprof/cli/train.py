@@ -112,7 +112,7 @@ def command(
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,
 ) -> int:
-    """Train on real text; checkpoints, metrics and a Hugging Face model in one folder."""
+    """Train on real text, resumable, into a Hugging Face folder."""
     given = {
         "steps": steps,
         "lr": lr,

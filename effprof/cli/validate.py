@@ -57,7 +57,10 @@ def command(
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,
 ) -> int:
-    """Probe each plan and compare bucket by bucket; exit 3 when one is out of tolerance."""
+    """Probe each plan and compare bucket by bucket.
+
+    Exit 3 when one is out of tolerance.
+    """
     durations = {"seconds": seconds, "time_limit": time_limit, "interval": interval}
     if not 0 < tolerance < 10:
         raise UsageError(

@@ -159,8 +159,10 @@ def unlike(closest: Choice, limits: Limits) -> str:
     )
 
 
-def command(plan: Plan, name: str) -> str:
-    """The command line of this plan, as short as its defaults allow."""
+def command(plan: Plan, name: str, steps: int | None = None) -> str:
+    """The command line of this plan, as short as its defaults allow; ``steps`` ends a training
+    sooner than what is published of the plan.
+    """
     left_out = _UNSAID[name]
     wanted = {k: v for k, v in plan.as_dict().items() if v is not None and k not in left_out}
     words = ["effprof", name]
@@ -176,7 +178,7 @@ def command(plan: Plan, name: str) -> str:
     if name == "train":
         path = Path(plan.model)
         stem = path.parent.name or path.stem if path.suffix == ".json" else path.name
-        words += [] if plan.tokens else _length(plan)
+        words += ["--steps", str(steps)] if steps else [] if plan.tokens else _length(plan)
         words += ["--out", f"runs/{stem}-{plan.method}"]
     return shlex.join(words)
 

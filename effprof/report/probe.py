@@ -30,7 +30,7 @@ def show_probe(result: Comparison, stored: int | None = None) -> None:
     _show_time(out, result)
     _show_need(out, result)
     _show_sources(out, result, stored)
-    out.print(f"Next: {command(plan, 'train')} --steps 100", soft_wrap=True)
+    out.print(f"Next: {command(plan, 'train', steps=100)}", soft_wrap=True)
 
 
 def _show_buckets(out: Console, result: Comparison) -> None:
@@ -218,7 +218,7 @@ def show_found(found: Found) -> None:
     out.print(Text(line, style="bold green"))
     largest = {"micro_batch": found.micro_batch, "global_batch": None}
     plan = from_dict(found.plan.as_dict() | largest)
-    out.print(f"Next: {command(plan, 'train')} --steps 100", soft_wrap=True)
+    out.print(f"Next: {command(plan, 'train', steps=100)}", soft_wrap=True)
 
 
 def show_measurements(found: pd.DataFrame, where: str) -> None:

@@ -270,10 +270,8 @@ def show_training(summary: Mapping[str, Any]) -> None:
                 f"means × K/(K+1)",
                 style="dim",
             )
-        elif result["split_batches"] is not None:
-            out.print(
-                "--eval-batches 0 validates all of it, as runs of 100 updates do.", style="dim"
-            )
+        elif result["split_batches"]:
+            out.print("--eval-batches 0 validates all of it, as longer runs do.", style="dim")
     if summary["tokens"] != summary["real_tokens"]:
         out.print(f"Of these tokens {quantity(summary['real_tokens'])} are text, the rest padding.")
     out.print(f"Waited for data: {100 * summary['data_wait']:.2g} % of the updates' time")

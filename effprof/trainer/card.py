@@ -50,7 +50,7 @@ def extent(result: Mapping[str, Any]) -> str:
     tokens = f"{result['tokens']:,} tokens"
     if batches == split:
         return tokens
-    if split is None:
+    if not split:
         return f"{tokens}, the first {batches} micro-batches of the stream"
     return f"{tokens}, the first {batches} of {split} micro-batches of the split"
 

@@ -26,14 +26,14 @@ class Validation:
 
     ``lineage_loss`` is what the benchmark's released code reports: the mean of per-batch means
     times K / (K + 1) for K batches, because it counts one batch too many. ``split`` is how many
-    micro-batches the whole split has, None where it is a stream, of which nobody knows.
+    micro-batches the whole split has, 0 where it is a stream, of which nobody knows.
     """
 
     loss: float
     lineage_loss: float
     tokens: int
     batches: int
-    split: int | None = None
+    split: int = 0
 
     @property
     def whole(self) -> bool:
@@ -51,7 +51,7 @@ def evaluate(
     batches: Iterable[Batch],
     plan: Plan,
     engine: Engine | None = None,
-    split: int | None = None,
+    split: int = 0,
 ) -> Validation:
     """Loss over validation batches; the model is back in training mode afterwards.
 

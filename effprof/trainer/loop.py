@@ -215,7 +215,7 @@ class Loop:
         """Over ``limit`` micro-batches, or with 0 all of the split (of a stream EVAL_BATCHES); None
         where the run is to stop first.
         """
-        session, stop, whole = self.session, self.stop, None
+        session, stop, whole = self.session, self.stop, 0
         if isinstance(session.validation, StreamBatches):
             total = limit or EVAL_BATCHES
             drawn = session.validation.evaluation(total)
