@@ -20,7 +20,7 @@ from effprof.estimator.estimate import estimate
 from effprof.plan import from_dict
 from effprof.recommender.choice import RESERVED
 from effprof.recommender.instants import regular
-from effprof.recommender.search import Found, search
+from effprof.recommender.search import Found, Search
 from effprof.recommender.space import Space, candidates
 
 UPDATES = ["full", "galore", "fira", "apollo", "spam", "stable-spam", "muon", "adam-mini"]
@@ -39,7 +39,7 @@ def searched(
     began = time.perf_counter()
     names = methods or registry.names()
     space = Space({"gpu": "a100-80gb", **values}, names, ranks, named=bool(methods))
-    found = search(space, candidates(space).first, gpus.gpu("a100-80gb"))
+    found = Search(space, gpus.gpu("a100-80gb")).found(candidates(space).first)
     return found, time.perf_counter() - began
 
 

@@ -68,6 +68,13 @@ class Attention:
         return ((4 * queries * self.seq_len, "delta"), (sums, "accumulators"))
 
 
+def generation(capability: float | None) -> float:
+    """The capability that decides which kernels run: newer cards run those of the first that has
+    them all.
+    """
+    return _FLASH_FROM if capability is None else min(capability, _FLASH_FROM)
+
+
 EMBEDDING_SCRATCH = ("sorted_indices", "radix_sort", "segments", "segment_sums")
 
 

@@ -257,7 +257,7 @@ def test_cost_is_told_before(tmp_path: Path) -> None:
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("paper/*.toml")))
 def test_the_examples_can_be_read(example: Path) -> None:
     asked = read(example)
-    assert costs(asked)["trials"] == asked.total > 14
+    assert costs(asked, "a100-80gb")["trials"] == asked.total > 14
 
 
 def test_a_killed_bench_goes_on_without_losing_a_trial(

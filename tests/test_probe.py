@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import resource
-import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from signal import SIGKILL, SIGTERM
 from typing import Any
 
 import psutil
@@ -77,17 +76,18 @@ def replaced(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     monkeypatch.setattr(run, "COMMAND", (sys.executable, "-c", start + code))
 
 
-def test_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A child held to 6 GiB of addresses: exit 3, how far it got, and the estimate beside it."""
     size = 6 * 2**30
     limited(monkeypatch, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (size, size)))
     flags = ("probe", "--model", "9m", "--micro-batch", "64", "--dtype", "fp32")
-    code, out, _ = run_cli(*flags, "--device", "cpu", "--json", "--no-store")
+    record = tmp_path / "record.jsonl"
+    code, out, _ = run_cli(*flags, "--device", "cpu", "--json", "--no-store", "--record", record)
     document = json.loads(out)
     assert (code, document["outcome"], document["verdict"]) == (3, "oom", "OOM")
     assert document["measured"]["reached"] == "backward of update 1 (first)"
     assert document["estimated"]["memory"]["peak_allocated"] > size
-    code, out, _ = run_cli(*flags, "--device", "cpu", "--no-store")
+    code, out, _ = run_cli("probe", "--replay", record)
     assert code == 3
     assert "It reached backward of update 1 (first)." in out
 
@@ -205,19 +205,25 @@ def test_a_child_does_not_outlive_its_parent(tiny: str, tmp_path: Path) -> None:
         "from effprof.cli import run; import sys; sys.exit(run(['probe', '--model', sys.argv[1],"
         " '--device', 'cpu', '--seconds', '60', '--no-store']))"
     )
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    for number, delay in ((signal.SIGKILL, 4.0), (signal.SIGKILL, 12.0), (signal.SIGTERM, 12.0)):
+    begun = []
+    for turn, (number, early) in enumerate([(SIGKILL, True), (SIGKILL, False), (SIGTERM, False)]):
+        home = tmp_path / str(turn)
+        home.mkdir()
+        environment = {**os.environ, "TMPDIR": str(home)}
         parent = subprocess.Popen([sys.executable, "-c", code, tiny], env=environment)
-        time.sleep(delay)
+        begun.append((parent, number, early, home))
+    for parent, number, early, home in begun:
+        until = time.monotonic() + 60
+        while not psutil.Process(parent.pid).children() and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(0 if early else 6)  # while it imports torch, and while it measures
         children = psutil.Process(parent.pid).children()
+        assert children
         parent.send_signal(number)
-        assert parent.wait() == (143 if number == signal.SIGTERM else -9)
+        assert parent.wait() == (143 if number == SIGTERM else -9)
         _, alive = psutil.wait_procs(children, timeout=8)
         assert not alive
-        left = list(tmp_path.glob("effprof-probe-*"))
-        assert bool(left) == (number == signal.SIGKILL and bool(children))
-        for folder in left:
-            shutil.rmtree(folder)
+        assert bool(list(home.glob("effprof-probe-*"))) == (number == SIGKILL)
 
 
 def test_the_recording_kept_here(tmp_path: Path) -> None:

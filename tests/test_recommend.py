@@ -19,14 +19,14 @@ from effprof.plan import from_dict
 from effprof.recommender.choice import RESERVED, Limits
 from effprof.recommender.instants import regular
 from effprof.recommender.recommend import Recommendation, recommend
-from effprof.recommender.search import Found, search
+from effprof.recommender.search import Found, Search
 from effprof.recommender.space import Space, candidates
 from effprof.recommender.words import command
 
 
 def found_for(methods: list[str], **values: Any) -> Found:
     space = Space(values, methods, named=True)
-    return search(space, candidates(space).first, gpus.gpu(values["gpu"]))
+    return Search(space, gpus.gpu(values["gpu"])).found(candidates(space).first)
 
 
 @pytest.mark.parametrize("name", registry.names())
@@ -54,7 +54,7 @@ def test_ranks_between_three_have_the_bytes_of_the_estimate() -> None:
     some = candidates(space)
     assert {one.plan.rank for one in some.first} == set(ranks[:-1])
     assert len(some.left_out) == len(methods)
-    found = search(space, some.first, gpus.gpu("a100-80gb"))
+    found = Search(space, gpus.gpu("a100-80gb")).found(some.first)
     counted = {ranks[0], ranks[3], ranks[6]}
     between = [
         row
@@ -244,6 +244,27 @@ def test_json_and_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        (("--max-hours", "0.1"), "the shortest run takes"),
+        (("--max-perplexity", "2"), "the best is"),
+        (("--min-tokens-per-second", "1e9"), "tokens/s, not 1,000,000,000"),
+    ],
+)
+def test_a_limit_that_nothing_keeps_is_answered_with_one_that_does(
+    limit: tuple[str, str], words: str
+) -> None:
+    asked = ("recommend", "--model", "60m", "--gpu", "rtx-4060", "--tokens", "1.4B", "--json")
+    few = ("--methods", "full,stable-spam", "--global-batch", "128")
+    code, out, _ = run(*asked, *few, *limit)
+    document = json.loads(out)
+    assert code == 3
+    assert words in document["reasons"][0]
+    (remedy,) = document["remedies"]
+    assert run(*asked, *few, *remedy["flag"].split())[0] == 0
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--gpu", "rtx-4090", "--objective", "speed"), "Unknown --objective 'speed'"),
@@ -255,6 +276,8 @@ def test_json_and_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (("--gpu", "mem=24GB", "--objective", "time", *QUICK), "No time is known"),
         (("--gpu", "rtx-4090", "--optimizer-impl", "loop"), "has no effect on recommend"),
         (("--gpu", "rtx-4090", "--global-batch", "7", "--micro-batch", "2"), "is not made of"),
+        (("--gpu", "rtx-4060", "--max-memory", "80GB"), "--max-memory 74.51 GiB has no effect"),
+        (("--gpu", "rtx-4060", "--methods", "full,spam", "--ranks", "64"), "spam has no rank"),
     ],
 )
 def test_what_makes_no_sense_is_refused(arguments: tuple[str, ...], message: str) -> None:

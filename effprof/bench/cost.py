@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from effprof import gpus
 from effprof.bench.spec import Spec
-from effprof.estimator.estimate import estimate
+from effprof.estimator.flops import flops
+from effprof.estimator.memory import Memory, memory
+from effprof.estimator.time import time
+from effprof.gpus import Gpu
+from effprof.kernels import generation
+from effprof.plan import Plan
+from effprof.step import work_out
 from effprof.trainer.run import make
 
 
@@ -26,14 +31,13 @@ def costs(spec: Spec, gpu: str | None = None) -> dict[str, Any]:
     plans = [arm.plan for arm in spec.arms]
     if any(plan.device == "cpu" for plan in plans):
         return {**found, "hours": {}}
+    cards = [gpus.gpu(gpu)] if gpu else list(gpus.common())
+    seconds = [_seconds(*one, cards) for one in zip(plans, positions, strict=True)]
     hours: dict[str, float | None] = {}
-    for name in [gpu] if gpu else [card.name for card in gpus.common()]:
-        seconds = [
-            _seconds(dataclasses.replace(plan, gpu=name), count)
-            for plan, count in zip(plans, positions, strict=True)
-        ]
-        known = [one for one in seconds if one is not None]
-        hours[name] = each * sum(known) / 3600 if len(known) == len(seconds) else None
+    for card in cards:
+        known = [one for arm in seconds if (one := arm[card.name]) is not None]
+        whole = len(known) == len(plans)
+        hours[gpu or card.name] = each * sum(known) / 3600 if whole else None
     return {**found, "hours": hours}
 
 
@@ -45,9 +49,21 @@ def _positions(spec: Spec, index: int) -> int:
     return make(plan, Path(), train).steps * plan.global_batch * plan.seq_len
 
 
-def _seconds(plan: Any, positions: int) -> float | None:
-    """A trial's seconds on the plan's card, if it fits and its time is known."""
-    found = estimate(plan)
-    if found.time is None or (found.fits and not found.fits[0].fits):
-        return None
-    return positions / found.time.positions * found.time.update
+def _seconds(plan: Plan, positions: int, cards: Sequence[Gpu]) -> dict[str, float | None]:
+    """A trial's seconds on each card: None where it does not fit or its time is not known.
+
+    Cards that run the same kernels with the same cuBLAS workspace share a tape.
+    """
+    step = work_out(plan)
+    count = flops(step)
+    held: dict[Any, Memory] = {}
+    found: dict[str, float | None] = {}
+    for card in (one.calibrated() for one in cards):
+        alike = (generation(card.capability), card.workspace)
+        if alike not in held:
+            held[alike] = memory(step, card)
+        own = held[alike]
+        took = time(step, own.tape, card, count)
+        fits = (own.reserved or 0) + card.outside(plan.gpus) <= card.memory
+        found[card.name] = positions / took.positions * took.update if took and fits else None
+    return found

@@ -10,7 +10,7 @@ import typer
 
 from effprof.cli.flags import option, plan_values, refuse, with_plan_flags
 from effprof.errors import NoDeviceError, UsageError, unknown
-from effprof.units import parse_bytes
+from effprof.units import gib, parse_bytes
 
 if TYPE_CHECKING:
     from effprof.gpus import Gpu
@@ -137,8 +137,18 @@ def _space(
                 "`effprof methods NAME` lists a method's settings.",
             )
         tried.setdefault(key, []).extend(text.split(","))
+    if ranks and not any(_ranked(name) for name in names):
+        raise UsageError(
+            f"--ranks {ranks} has no effect: {', '.join(names)} has no rank.", "Leave --ranks out."
+        )
     named = methods not in (None, "all") or len(names) == 1
     return Space(values, names, ranks_of(ranks) if ranks else (), tried, named)
+
+
+def _ranked(name: str) -> bool:
+    from effprof import registry
+
+    return "rank" in registry.setting_fields(registry.method(name).addressed)
 
 
 def _card(space: Space, max_memory: str | None) -> tuple[Gpu, int]:
@@ -157,15 +167,25 @@ def _card(space: Space, max_memory: str | None) -> tuple[Gpu, int]:
         plan = from_dict({"model": values.get("model"), "device": "cpu"})
         return gpus.of(plan).calibrated(), given
     if "gpu" in values:
-        card = gpus.gpu(values["gpu"]).calibrated()
-        return card, min(card.memory, given or card.memory)
+        return _limited(gpus.gpu(values["gpu"]).calibrated(), given)
     found = _here()
     if found is None and given is None:
         raise NoDeviceError(
             "For which card? No GPU is here.", "Add for example --gpu rtx-4090, or --gpu mem=24GB."
         )
-    card = (found or gpus.Gpu("", "a card of that memory", given or 0)).calibrated()
-    return card, min(card.memory, given or card.memory)
+    return _limited(
+        (found or gpus.Gpu("", "a card of that memory", given or 0)).calibrated(), given
+    )
+
+
+def _limited(card: Gpu, given: int | None) -> tuple[Gpu, int]:
+    """Raises UsageError for more memory than the card has."""
+    if given is not None and given > card.memory:
+        raise UsageError(
+            f"--max-memory {gib(given)} has no effect: {card.title} has {gib(card.memory)}.",
+            "Leave --max-memory out.",
+        )
+    return card, given or card.memory
 
 
 def _here() -> Gpu | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from effprof.gpus import Gpu
 from effprof.recommender.choice import Choice, Chooser, Limits
 from effprof.recommender.compare import Row
 from effprof.recommender.remedies import Remedy, remedies
-from effprof.recommender.search import Told, search
+from effprof.recommender.search import Search, Told
 from effprof.recommender.space import Candidate, Candidates, Space, candidates
 from effprof.recommender.words import batch, change, command, reasons, title, unlike
 
@@ -133,8 +134,9 @@ def recommend(
             "--max-perplexity cannot be kept: nothing is published of a run like this.",
             "Leave it out.",
         )
-    for tried in (every.first, [*every.first, *every.others]):
-        found = search(space, tried, card, told)
+    search = Search(space, card)
+    for tried in (every.first, every.others):
+        found = search.found(tried, told)
         chooser = Chooser(found, card, limits, objective, price, every.lineage)
         rows = np.flatnonzero(chooser.allowed)
         known = rows[~np.isnan(found.perplexity[rows])]
@@ -204,13 +206,49 @@ def _nothing(
             unlike(closest, limits),
         )
     memory_alone = Limits(limits.memory, limits.margin)
-    fitting = Chooser(
-        chooser.found, card, memory_alone, chooser.objective, chooser.price, chooser.lineage
-    ).fitting(every)
-    given = [name for name, value in vars(limits).items() if value is not None]
-    kept = " and ".join(_FLAGS[name] for name in given if name in _FLAGS)
-    told = f"Plans fit into memory, but none of them keeps {kept}."
-    return fitting or closest, [], told
+    given = [name for name in _FLAGS if getattr(limits, name) is not None]
+    best: Choice | None = None
+    told, ways = [], []
+    for name in given:
+        objective = "quality" if name == "perplexity" else "time"
+        other = Chooser(
+            chooser.found, card, memory_alone, objective, chooser.price, chooser.lineage
+        )
+        found = other.fitting(every)
+        if found is not None:
+            reached, flag = _reached(name, found, limits)
+            told.append(reached)
+            ways += [Remedy(flag, found.total)] if flag and len(given) == 1 else []
+            best = best or found
+    kept = " and ".join(_FLAGS[name] for name in given)
+    words = f"Plans fit into memory, but none of them keeps {kept}: {'; '.join(told)}."
+    return best or closest, ways, words
+
+
+def _reached(name: str, choice: Choice, limits: Limits) -> tuple[str, str]:
+    """How near the plan that is best in one respect comes to its limit, and the flag that it would
+    keep.
+    """
+    time, known = choice.estimate.time, choice.estimate.quality
+    who, asked, flag = title(choice.estimate.plan), getattr(limits, name), _FLAGS[name]
+    if name == "perplexity":
+        if known is None:
+            return f"no perplexity of {who} is known", ""
+        best = f"{known.perplexity:.2f}, not {asked:g}"
+        return f"the best is {best} ({who})", f"{flag} {math.ceil(100 * known.perplexity) / 100:g}"
+    if time is None:
+        return f"no time of {who} is known", ""
+    if name == "hours":
+        hours = (time.run or 0.0) / 3600
+        return (
+            f"the shortest run takes {hours:,.1f} h, not {asked:,g} ({who})",
+            f"{flag} {math.ceil(10 * hours) / 10:g}",
+        )
+    rate = time.positions / time.update
+    return (
+        f"the fastest makes {rate:,.0f} tokens/s, not {asked:,.0f} ({who})",
+        f"{flag} {math.floor(rate)}",
+    )
 
 
 _FLAGS = {

@@ -76,49 +76,15 @@ class Found:
         )
 
 
-def search(
-    space: Space,
-    candidates: Sequence[Candidate],
-    card: Gpu,
-    told: Told = lambda done, total: None,
-) -> Found:
-    """Evaluate every plan of the space. ``told`` has how many candidates are done, of all.
-
-    Raises UsageError where no plan is left.
+class Search:
+    """The plans of a space for a card: arrays of (candidate, form, bytes, seconds per position) as
+    they are found.
     """
-    run = _Search(space, card)
-    done = 0
-    for _, own in itertools.groupby(candidates, key=lambda one: one.line):
-        told(done, len(candidates))
-        line = list(own)
-        run.add(done, line)
-        done += len(line)
-    told(len(candidates), len(candidates))
-    if not run.rows:
-        raise UsageError("No plan takes these flags.", "Leave some of them out.")
-    index, form, sizes, seconds = (np.concatenate(column) for column in zip(*run.rows, strict=True))
-    forms = list(run.forms)
-    batch = np.array([one.micro_batch * one.grad_accum * space.gpus for one in forms])
-    known = [np.nan if one.perplexity is None else one.perplexity for one in candidates]
-    return Found(
-        space,
-        candidates,
-        forms,
-        index,
-        form,
-        sizes,
-        seconds,
-        np.array(known, np.float64)[index],
-        batch[form] == space.global_batch,
-    )
-
-
-class _Search:
-    """Rows as they are found: arrays of (candidate, form, bytes, seconds per position)."""
 
     def __init__(self, space: Space, card: Gpu) -> None:
         self.space, self.card = space, card
         self.allocators, self.batches = space.allocators(), space.batches()
+        self.candidates: list[Candidate] = []
         self.rows: list[tuple[npt.NDArray[Any], ...]] = []
         self.forms: dict[Form, int] = {}
         self.layers: dict[Any, int] = {}  # a number of each kind of decoder layer
@@ -126,7 +92,38 @@ class _Search:
         self._variants: dict[Any, Plan | None] = {}
         self._curves: dict[Any, Curve] = {}
 
-    def add(self, first: int, line: Sequence[Candidate]) -> None:
+    def found(
+        self, candidates: Sequence[Candidate], told: Told = lambda done, total: None
+    ) -> Found:
+        """Every plan of these candidates, and of those before. ``told`` has how many are done, of
+        all. Raises UsageError where no plan is left.
+        """
+        before, total = len(self.candidates), len(candidates)
+        for _, own in itertools.groupby(candidates, key=lambda one: one.line):
+            told(len(self.candidates) - before, total)
+            line = list(own)
+            self._add(len(self.candidates), line)
+            self.candidates += line
+        told(total, total)
+        if not self.rows:
+            raise UsageError("No plan takes these flags.", "Leave some of them out.")
+        index, form, sizes, seconds = map(np.concatenate, zip(*self.rows, strict=True))
+        forms, gpus = list(self.forms), self.space.gpus
+        batch = np.array([one.micro_batch * one.grad_accum * gpus for one in forms])
+        known = [np.nan if one.perplexity is None else one.perplexity for one in self.candidates]
+        return Found(
+            self.space,
+            list(self.candidates),
+            forms,
+            index,
+            form,
+            sizes,
+            seconds,
+            np.array(known, np.float64)[index],
+            batch[form] == self.space.global_batch,
+        )
+
+    def _add(self, first: int, line: Sequence[Candidate]) -> None:
         """Every form of candidates that differ in rank alone; ``first`` is the first's number."""
         candidate, space = line[0], self.space
         plan, numbers = candidate.plan, np.arange(first, first + len(line))

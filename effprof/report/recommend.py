@@ -59,7 +59,7 @@ def show_recommendation(found: Recommendation) -> None:
 def _show_remedies(found: Recommendation) -> None:
     out = console()
     for one in found.remedies:
-        out.print(f"  What would fit: {one.flag}, where it takes {gib(one.total, 1)}.")
+        out.print(f"  What would do: {one.flag}, where it takes {gib(one.total, 1)}.")
     if not found.remedies and found.closest is not None:
         out.print(f"  Next: effprof estimate --model {found.space.values['model']}")
 
