@@ -165,7 +165,7 @@ def gpu(text: str) -> Gpu:
         if known in _tables():
             return _card(known)
     if re.fullmatch(r"[0-9.]+gi?b", name):
-        return gpu(f"mem={name}")
+        return gpu(f"mem={text}")
     if "=" not in text:
         found = recognise(text)
         if found is not None and not _SIZE.search(found.name):
@@ -195,7 +195,7 @@ def gpu(text: str) -> Gpu:
         bandwidth = float(parse_bytes(rate, "--gpu bw"))
     return Gpu(
         text,
-        text,
+        f"a card of {given['mem']}",
         parse_bytes(given["mem"], "--gpu mem"),
         bf16_flops=rates["bf16"],
         fp16_flops=rates["fp16"],

@@ -205,7 +205,7 @@ def test_the_file_is_small_enough_to_scan() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "name"), [("4090", "rtx-4090"), ("A6000", "rtx-a6000"), ("24GB", "mem=24gb")]
+    ("said", "name"), [("4090", "rtx-4090"), ("A6000", "rtx-a6000"), ("24GB", "mem=24GB")]
 )
 def test_a_card_as_people_say_it(said: str, name: str) -> None:
     assert gpus.gpu(said).name == name

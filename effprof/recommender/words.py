@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from effprof.recommender.recommend import Recommendation
 
 # What a run decides for itself, and what probing does not need.
-_UNSAID = {"train": ("gpu",), "validate": ("gpu", "tokens"), "probe": ("gpu", "tokens")}
+_UNSAID = {
+    "train": ("gpu",),
+    "validate": ("gpu", "tokens"),
+    "probe": ("gpu", "tokens"),
+    "estimate": (),
+}
 
 
 def title(plan: Plan) -> str:
@@ -173,7 +178,8 @@ def command(plan: Plan, name: str, steps: int | None = None) -> str:
             words += _settings(key, wanted, given)
         elif key not in ("global_batch", "update_settings") and _differs(key, wanted, given, said):
             given[key] = tuple(wanted[key]) if isinstance(wanted[key], list) else wanted[key]
-            words += [flag(key)] if given[key] is True else [flag(key), _text(given[key])]
+            text = _count(given[key]) if key == "tokens" else _text(given[key])
+            words += [flag(key)] if given[key] is True else [flag(key), text]
     assert from_dict(given).as_dict() == {**plan.as_dict(), **dict.fromkeys(left_out)}
     if name == "train":
         path = Path(plan.model)
@@ -186,7 +192,7 @@ def command(plan: Plan, name: str, steps: int | None = None) -> str:
 def _length(plan: Plan) -> list[str]:
     """A run has to end: after the tokens published of it, else after some steps to begin with."""
     known = quality(plan)
-    return ["--tokens", str(known.tokens)] if known else ["--steps", "1000"]
+    return ["--tokens", _count(known.tokens)] if known else ["--steps", "1000"]
 
 
 def _differs(
@@ -214,6 +220,11 @@ def _settings(key: str, wanted: dict[str, Any], given: dict[str, Any]) -> list[s
         given[key] = {k: _text(v) for k, v in other.items()}
     prefix = "update." if key == "update_settings" else ""
     return [word for k, v in other.items() for word in ("--set", f"{prefix}{k}={_text(v)}")]
+
+
+def _count(tokens: int) -> str:
+    """7.8B where that is exactly it."""
+    return f"{tokens / 1e9:g}B" if tokens % 10**7 == 0 and tokens < 10**14 else str(tokens)
 
 
 def _text(value: Any) -> str:

@@ -9,6 +9,7 @@ from rich.text import Text
 from effprof import registry
 from effprof.published import lineages
 from effprof.recommender.compare import Row, Table
+from effprof.recommender.words import command
 from effprof.report.terminal import console, table
 from effprof.units import GIB, quantity
 
@@ -51,8 +52,8 @@ def show_comparison(found: Table) -> None:
         out.print(f"Left out {label}: {why}", style="dim")
     if len(found.left_out) > _LEFT_OUT:
         out.print(f"and {len(found.left_out) - _LEFT_OUT} more (--json names them)", style="dim")
-    model = f"--model {plan.model} --method {found.rows[0].plan.method}"
-    out.print(f"Next: effprof estimate {model} shows one of them in full.")
+    typed = command(found.rows[0].plan, "estimate")
+    out.print(f"Next: {typed} shows one of them in full.", soft_wrap=True)
 
 
 def _cells(row: Row, full: Row | None, *, timed: bool) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from effprof.report.terminal import console
@@ -13,7 +14,11 @@ def show_doctor(found: dict[str, Any]) -> None:
     out = console()
 
     def line(name: str, text: str, style: str = "") -> None:
-        out.print(f"{name:<10}{text}", style=style, soft_wrap=True)
+        shown = textwrap.fill(
+            text, out.width, initial_indent=f"{name:<10}", subsequent_indent=" " * 10,
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
+        out.print(shown, style=style, soft_wrap=True)
 
     packages = found["packages"]
     line("effprof", f"{packages['effprof']} · Python {found['python']} · {found['system']}")
@@ -43,7 +48,10 @@ def show_doctor(found: dict[str, Any]) -> None:
     for name, value in found["settings"].items():
         line("setting", f"{name}={value}")
     store = found["store"]
-    line("store", f"{store['measurements']} measurements in {store['path']}")
+    kept = (
+        "1 measurement" if store["measurements"] == 1 else f"{store['measurements']} measurements"
+    )
+    line("store", f"{kept} in {store['path']}")
     if store["problem"]:
         line("store", store["problem"], "red")
     for card, text in store["calibrated"].items():

@@ -14,8 +14,7 @@ from effprof.errors import EffprofError, UsageError
 from effprof.report.timeline import Timeline, recorded, whole
 
 _HINT = (
-    "Give the folder of a run or a bench, a document that --json printed, a recording, a memory "
-    "snapshot, or the number of a measurement (effprof probe --list)."
+    "Give the folder of a run or bench, what --json or --record wrote, a snapshot or a probe's id."
 )
 
 

@@ -46,7 +46,7 @@ def show_trace(result: Trace, expected: Estimate | None) -> None:
     for note in not_modelled(plan):
         out.print(f"Not modelled: {note}.", style="yellow")
     show_verdict(out, plan, result.fits)
-    out.print("Next: effprof trace … --png step.png draws it; --snapshot FILE opens in memory_viz.")
+    out.print("Next: the same with --html step.html draws it; --snapshot FILE opens in memory_viz.")
 
 
 def show_difference(names: tuple[str, str], peaks: tuple[Peak, Peak], found: list[Change]) -> None:
