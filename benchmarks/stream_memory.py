@@ -1,9 +1,10 @@
 """A large jsonl.gz streamed and tokenised: what the process holds while it goes.
 
-usage: python benchmarks/stream_memory.py FOLDER [--gigabytes 2] [--seconds 120]
+usage: python benchmarks/stream_memory.py FOLDER [--gigabytes 2] [--seconds 0]
 
 Writes FOLDER/large.jsonl.gz (text of that size before compression) unless it is there, then draws
-micro-batches from it, printing the resident set as it grows, or does not.
+micro-batches from it, to its end or for so many seconds, printing the resident set as it grows, or
+does not.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from effprof.trainer.data import StreamBatches
 from effprof.trainer.tokenizer import tokenizer
 
 MIB = 2**20
+_EVERY = 30  # seconds
 
 
 def write(path: Path, size: int) -> None:
@@ -41,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=2)
-    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--seconds", type=float, default=0)
     given = parser.parse_args()
     path = given.folder / "large.jsonl.gz"
     if not path.exists():
@@ -54,12 +56,20 @@ def main() -> None:
     stream = StreamBatches(texts, words, plan, "train", torch.device("cpu"))
     process, began, told, tokens = psutil.Process(), time.monotonic(), 0.0, 0
     print(f"{'seconds':>8}{'tokens':>14}{'tokens/s':>12}{'resident MiB':>14}")
-    while (spent := time.monotonic() - began) < given.seconds:
+    before = 0
+    while before <= stream.documents:  # which begin again with the next pass
+        before = stream.documents
         tokens += stream.next().ids.numel()
-        if spent - told > given.seconds / 8:
+        spent = time.monotonic() - began
+        ended = stream.documents < before or 0 < given.seconds <= spent
+        if spent - told > _EVERY or ended:
             told = spent
             resident = process.memory_info().rss / MIB
-            print(f"{spent:>8.0f}{tokens:>14,}{tokens / spent:>12,.0f}{resident:>14,.0f}")
+            rate = tokens / spent
+            print(f"{spent:>8.0f}{tokens:>14,}{rate:>12,.0f}{resident:>14,.0f}", flush=True)
+        if ended:
+            break
+    print(f"{before:,} documents")
 
 
 if __name__ == "__main__":

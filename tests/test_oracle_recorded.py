@@ -270,3 +270,39 @@ def test_refactorization(case: tuple[str, tuple[int, int]]) -> None:
     for ours, key in ((b.t() @ b, "gram_b"), (a @ a.t(), "gram_a")):
         theirs = known[f"{name}.{key}"]
         assert (ours - theirs).norm() / theirs.norm() < TOLERANCE
+
+
+def test_mora(case: tuple[str, tuple[int, int]]) -> None:
+    """The layer's result, both gradients and what a merge would add, with the sharing maps."""
+    (name, shape), known = case, recorded("mora")
+    half: Any = registry.method("mora").layer
+    settings, matrix = half.Settings(rank=6), Matrix("w", *shape, "q")
+    torch.manual_seed(0)
+    x, gradient, weight = torch.randn(10, shape[1]), torch.randn(10, shape[0]), torch.randn(shape)
+    length = half.side(matrix, 6)
+    nn.Linear(length, length, bias=False)  # which the harness made first
+    tensors = {"weight": weight, "M": torch.randn(length, length)}
+    out, saved = half.forward(x, tensors, settings)
+    d_x, found = half.backward(gradient, None, saved, tensors, settings)
+    merged = half.dense(tensors, settings) - weight
+    for what, ours in (("out", out), ("d_x", d_x), ("d_M", found["M"]), ("delta", merged)):
+        torch.testing.assert_close(ours, known[f"{name}.{what}"], rtol=1e-5, atol=1e-4)
+
+
+def test_velora(case: tuple[str, tuple[int, int]]) -> None:
+    """The direction of the first batch, the components kept, and the gradients of two batches."""
+    (name, shape), known = case, recorded("velora")
+    half: Any = registry.method("velora").layer
+    settings, matrix = half.Settings(subtoken=8, scale=1.5), Matrix("w", *shape, "v")
+    torch.manual_seed(0)
+    batches = [torch.randn(10, shape[1]) + 1, torch.randn(10, shape[1])]
+    gradient, weight = torch.randn(10, shape[0]), torch.randn(shape)
+    tensors = half.init(matrix, settings, 0, weight)
+    for number, x in enumerate(batches):
+        out, saved = half.forward(x, tensors, settings)
+        d_x, found = half.backward(gradient, None, saved, tensors, settings)
+        parts = {"out": out, "components": saved[0].flatten(), "d_x": d_x}
+        for what, ours in {**parts, "d_weight": found["weight"]}.items():
+            theirs = known[f"{name}.{number}.{what}"]
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(tensors["direction"], known[f"{name}.direction"])

@@ -161,7 +161,9 @@ def _layer_share(step: Step) -> float:
 
 
 def _owners(step: Step, ring: _Ring) -> float:
-    """Weights and gradients to each matrix' owner and weights back: all owners at once."""
+    """Weights and gradients to each matrix' owner and weights back, one after another: what one
+    communicator does is in one order on all processes.
+    """
     own = [
         (times * len(one.tensors), times * sum(map(step.gradient_bytes, one.tensors)))
         for unit, times in step.units()
@@ -169,4 +171,4 @@ def _owners(step: Step, ring: _Ring) -> float:
         if not one.hosted
     ]
     calls, size = (sum(column) for column in zip(*own, strict=True)) if own else (0, 0)
-    return 3 * (calls * LATENCY + size * (ring.gpus - 1) / ring.gpus**2 / ring.rate)
+    return 3 * (calls * LATENCY + size * (ring.gpus - 1) / ring.gpus / ring.rate)

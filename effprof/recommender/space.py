@@ -74,8 +74,8 @@ class Space:
         micro, accumulation = self.values.get("micro_batch"), self.values.get("grad_accum")
         found = [
             (size, rows // size)
-            for size in range(1, rows + 1)
-            if rows % size == 0 and micro in (None, size) and accumulation in (None, rows // size)
+            for size in _divisors(rows)
+            if micro in (None, size) and accumulation in (None, rows // size)
         ]
         if rest or not found:
             raise UsageError(
@@ -94,6 +94,12 @@ class Space:
         if "allocator" in self.values:
             return (self.values["allocator"],)
         return ("default",) if self.on_cpu else ("default", "expandable")
+
+
+def _divisors(number: int) -> list[int]:
+    """Its divisors, the smallest first."""
+    small = [one for one in range(1, math.isqrt(number) + 1) if number % one == 0]
+    return sorted({*small, *(number // one for one in small)})
 
 
 @dataclass(eq=False)
