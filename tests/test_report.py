@@ -11,6 +11,7 @@ import pickle
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -309,3 +310,17 @@ def test_a_recommendations_page_holds_the_pick_or_what_would_fit(
         if found["best"]:
             assert f"{found['best']['title']} at {found['best']['batch']}" in shown
             assert all(f"{one['title']}</td>" in text for one in found["pareto"])
+
+
+def test_a_page_needs_no_torch(
+    documents: dict[str, list[str]], printed: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "recommend.json").write_text(json.dumps(printed[1]["recommend"][0]))
+    subjects = [*documents["estimate"], *documents["compare"], str(tmp_path / "recommend.json")]
+    code = (
+        "import sys; from effprof.cli import run;"
+        f"page={str(tmp_path / 'page.html')!r};"
+        f"assert not any(run(['report', one, '--out', page]) for one in {subjects!r});"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -7,7 +7,6 @@ from typing import Any
 
 from effprof import published
 from effprof.errors import UsageError
-from effprof.report.bench_page import page as of_bench
 from effprof.report.page import Chart, Grid, Page, Section
 from effprof.report.recommend_page import page as of_recommend
 from effprof.report.sections import (
@@ -310,6 +309,12 @@ def _of_part(validation: Mapping[str, Any]) -> bool:
     return bool(validation.get("batches") != validation.get("split_batches"))
 
 
+def _of_bench(subject: Subject) -> Page:
+    from effprof.report.bench_page import page  # which loads torch
+
+    return page(subject)
+
+
 _PAGES = {
     "train": _of_run,
     "probe": _of_probe,
@@ -319,5 +324,5 @@ _PAGES = {
     "estimate": _of_estimate,
     "snapshot": _of_snapshot,
     "recommend": of_recommend,
-    "bench": of_bench,
+    "bench": _of_bench,
 }
