@@ -9,22 +9,26 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401 - once, before the forks
 from torch import distributed as dist
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from effprof import cli
 from effprof.errors import EffprofError
 from effprof.measure.recorder import CpuRecorder
 from effprof.phase import listening
 from effprof.plan import Plan, from_dict
-from effprof.trainer import dcp, launch, loop, sharding, synthetic  # noqa: F401 - before forks
+from effprof.trainer import checkpoint, dcp, launch, loop, sharding, synthetic  # noqa: F401
 from effprof.trainer.build import build
 from effprof.trainer.data import Batch
 from effprof.trainer.distributed import Engine, engine, local
@@ -40,18 +44,23 @@ CPU = torch.device("cpu")
 _SETTLED = 0.003  # seconds after which gloo's thread has let go of a collective's tensors
 
 
-def run(groups: list[tuple[int, list[dict[str, Any]]]], folder: Path) -> list[list[list[Any]]]:
+def run(
+    groups: list[tuple[int, list[dict[str, Any]]]], folder: Path, typed: Sequence[str] = ()
+) -> list[list[list[Any]]]:
     """Each task's answers, by process, of groups of so many processes one after the other. A task
-    is a plan, and what to do with it: one of this module's functions.
+    is a plan, and what to do with it: one of this module's functions. Last, the command line that
+    is ``typed``, in two processes under torchrun's agent, of which one is killed.
 
     They are forked from one process that has torch, so that it is imported once.
     """
     (folder / "groups.json").write_text(json.dumps(groups))
+    (folder / "typed.json").write_text(json.dumps(typed))
     done = subprocess.run(
         [sys.executable, __file__, str(folder)],
         env={"KINETO_LOG_LEVEL": "99", **os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
+        timeout=400,
         check=False,
     )
     assert not done.returncode, done.stderr[-6000:]
@@ -76,6 +85,44 @@ def main() -> None:
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         if any(codes):
             sys.exit(1)
+    typed = json.loads((folder / "typed.json").read_text())
+    if typed:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=2,
+            rdzv_backend="static",  # as torchrun's without --rdzv-backend
+            rdzv_endpoint=f"127.0.0.1:{_port()}",
+            rdzv_configs={"rank": 0},
+            max_restarts=1,
+            monitor_interval=0.1,
+            start_method="fork",
+        )
+        elastic_launch(config, _command)(typed)
+
+
+def _port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def _command(typed: list[str]) -> None:
+    """A command line, killed outright in process 1 once there is a checkpoint, unless started
+    again.
+    """
+    draw, out = Session._draw, Path(typed[typed.index("--out") + 1])
+
+    def killed(self: Session) -> Drawn:
+        if self.world.rank and not launch.restarted() and self.progress.step == 3:
+            while not list(out.glob(f"{checkpoint.PREFIX}*")):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return draw(self)
+
+    Session._draw = killed  # type: ignore[method-assign]
+    code = cli.run(typed)
+    assert not code, code
 
 
 def _forked(folder: Path, number: int, rank: int, size: int, tasks: list[dict[str, Any]]) -> int:

@@ -64,7 +64,11 @@ def several(
     two["badam-again"] = _task(plan, texts, out, resume=True)
     (folder / "other").mkdir()
     two["other"] = _task(plan, texts, out, folder / "other", resume=True)
-    found = run([(4, list(four.values())), (2, list(two.values()))], folder)
+    typed = ["train", "--model", tiny, "--data", str(texts), "--out", str(folder / "typed")]
+    typed += ["--method", "galore", "--set", "refresh=2", "--micro-batch", "2", "--seq-len", "32"]
+    typed += ["--dtype", "fp32", "--device", "cpu", "--global-batch", str(ROWS)]
+    typed += ["--parallel", "fsdp", "--steps", str(STEPS), "--save-every", "2"]
+    found = run([(4, list(four.values())), (2, list(two.values()))], folder, typed)
     return dict(zip([*four, *two], [*found[0], *found[1]], strict=True)), folder
 
 
@@ -116,6 +120,15 @@ def test_two_go_on_where_four_stopped(several: tuple[Any, Path], alone: Alone) -
             assert sorted(found) == sorted(wanted), (name, update)
         assert _losses(out) == pytest.approx(expected, rel=1e-4)
         assert (out / "model" / "model.safetensors").is_file()
+
+
+def test_a_killed_process_costs_a_restart_and_no_loss(
+    several: tuple[Any, Path], alone: Alone
+) -> None:
+    """torchrun's agent starts all again; they go on from the newest checkpoint by themselves."""
+    out = several[1] / "typed"
+    assert json.loads((out / "summary.json").read_text())["resumed_at"] == 2
+    assert _losses(out) == pytest.approx(alone("galore")[0], rel=1e-4)
 
 
 def test_shards_are_written_apart_and_read_by_one(

@@ -15,6 +15,7 @@ from torch import distributed as dist
 
 from effprof.errors import EffprofError, NoDeviceError, UsageError
 from effprof.plan import Plan
+from effprof.trainer.meeting import meet
 from effprof.trainer.world import PATIENCE, World
 
 _FAILED = "effprof/failed"
@@ -108,9 +109,12 @@ def joined(plan: Plan) -> Iterator[World]:
             )
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device else "gloo", device_id=device)
+    meeting, rank, size = meet()
+    dist.init_process_group(
+        "nccl" if device else "gloo", store=meeting, rank=rank, world_size=size, device_id=device
+    )
     host = dist.new_group(backend="gloo", timeout=PATIENCE)
-    _here = World(dist.get_rank(), dist.get_world_size(), host)
+    _here = World(rank, size, host)
     if not _here.writes:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     speaks, sys.stderr = sys.stderr, sys.stderr if _here.writes else sys.stdout
