@@ -22,7 +22,7 @@ from effprof.trainer.run import make
 # Under FSDP: torch's own rule on shards, a rule at its owner, merges of whole layers.
 METHODS = {"full": {}, "galore": {"refresh": 2}, "lowrank-restarts": {"restart_every": 2}}
 STEPS, STOP = 6, 3
-Alone = Callable[[str], tuple[list[float], list[Any]]]
+Alone = Callable[[str], tuple[Path, list[Any]]]
 ROWS = 8  # of an update
 
 
@@ -33,7 +33,8 @@ def _plan(model: str, method: str, gpus: int, parallel: str | None = None) -> An
 
 
 def _task(plan: Any, texts: Path, *out: Path, **more: Any) -> dict[str, Any]:
-    common = {"out": [str(one) for one in out], "data": str(texts), "steps": STEPS}
+    common = {"data": str(texts), "steps": STEPS, "log_norms": True}
+    common |= {"out": [str(one) for one in out]}
     return {"what": "train", "plan": plan.as_dict(), "more": {**common, **more}}
 
 
@@ -73,15 +74,15 @@ def several(
 
 
 @cache
-def _alone(model: str, method: str, texts: Path, folder: Path) -> tuple[list[float], list[Any]]:
-    """The losses and the rows of one process."""
+def _alone(model: str, method: str, texts: Path, folder: Path) -> tuple[Path, list[Any]]:
+    """One process's run and its rows."""
     plan = _plan(model, method, 1)
     rows = train(plan, **_task(plan, texts, folder)["more"])["rows"]
-    return _losses(folder), rows
+    return folder, rows
 
 
-def _losses(out: Path) -> list[float]:
-    return [json.loads(row)["loss"] for row in (out / "metrics.jsonl").read_text().splitlines()]
+def _numbers(out: Path, name: str = "loss") -> list[float]:
+    return [json.loads(row)[name] for row in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -109,16 +110,17 @@ def test_four_processes_train_as_one(several: tuple[Any, Path], tiny: str) -> No
 
 def test_two_go_on_where_four_stopped(several: tuple[Any, Path], alone: Alone) -> None:
     """Every row once, in the order of one process; from whole tensors and from shards."""
-    expected, rows = alone("galore")
+    one, rows = alone("galore")
     for name in ("ddp", "fsdp"):
         out = several[1] / f"{name}-again"
         before, after = several[0][name], several[0][f"{name}-again"]
-        assert [one["code"] for one in before + after] == [143] * 4 + [0] * 2
+        assert [each["code"] for each in before + after] == [143] * 4 + [0] * 2
         for update, wanted in enumerate(rows):
             of = before if update < STOP else after
-            found = [row for one in of for row in one["rows"][update % STOP]]
+            found = [row for each in of for row in each["rows"][update % STOP]]
             assert sorted(found) == sorted(wanted), (name, update)
-        assert _losses(out) == pytest.approx(expected, rel=1e-4)
+        for number in ("loss", "grad_norm", "update_norm"):
+            assert _numbers(out, number) == pytest.approx(_numbers(one, number), rel=1e-4)
         assert (out / "model" / "model.safetensors").is_file()
 
 
@@ -128,7 +130,7 @@ def test_a_killed_process_costs_a_restart_and_no_loss(
     """torchrun's agent starts all again; they go on from the newest checkpoint by themselves."""
     out = several[1] / "typed"
     assert json.loads((out / "summary.json").read_text())["resumed_at"] == 2
-    assert _losses(out) == pytest.approx(alone("galore")[0], rel=1e-4)
+    assert _numbers(out) == pytest.approx(_numbers(alone("galore")[0]), rel=1e-4)
 
 
 def test_shards_are_written_apart_and_read_by_one(
@@ -150,7 +152,7 @@ def test_shards_are_written_apart_and_read_by_one(
     plan = _plan(tiny, "galore", 1)
     task = _task(plan, texts, tmp_path / "one", resume=True)["more"]
     assert train(plan, **task)["code"] == 0
-    assert _losses(tmp_path / "one") == pytest.approx(alone("galore")[0], rel=1e-4)
+    assert _numbers(tmp_path / "one") == pytest.approx(_numbers(alone("galore")[0]), rel=1e-4)
 
 
 def test_a_shard_that_is_not_the_checkpoints_is_damage(
@@ -178,7 +180,7 @@ def test_turns_go_on_under_ddp(several: tuple[Any, Path], alone: Alone) -> None:
     """Resumed where another block has its turn than at the start: DDP reduces that one's."""
     found, folder = several
     assert [one["code"] for one in found["badam"] + found["badam-again"]] == [143] * 2 + [0] * 2
-    assert _losses(folder / "badam") == pytest.approx(alone("badam")[0], rel=1e-4)
+    assert _numbers(folder / "badam") == pytest.approx(_numbers(alone("badam")[0]), rel=1e-4)
 
 
 def test_processes_that_see_different_checkpoints_do_not_start(several: tuple[Any, Path]) -> None:

@@ -7,6 +7,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+
+from effprof.trainer.distributed import local
 
 SAMPLE = 2**16  # numbers of each tensor that are compared before and after
 
@@ -21,25 +25,35 @@ class UpdateNorm:
     """The 2-norm of an update, from evenly spaced numbers of each tensor: all where it has no more
     than ``SAMPLE``, else as many, their squares multiplied by what they stand for.
 
-    Between ``begin`` and ``end`` it holds at most ``SAMPLE`` numbers per tensor.
+    Between ``begin`` and ``end`` it holds at most ``SAMPLE`` numbers per tensor, of shards per
+    shard; ``end`` is then called by every process.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         taken = [one for one in parameters if one.is_floating_point()]
-        self._tensors = [(one, -(-one.numel() // SAMPLE)) for one in taken]
+        self._tensors = [(one, -(-local(one.detach()).numel() // SAMPLE) or 1) for one in taken]
+        self._sharded = any(isinstance(one, DTensor) for one in taken)
         self._before: list[Tensor] = []
 
     @torch.no_grad()
     def begin(self) -> None:
         """Keep the sample of the weights as they are."""
-        self._before = [one.view(-1)[::every].clone() for one, every in self._tensors]
+        self._before = [self._sample(*one).clone() for one in self._tensors]
 
     @torch.no_grad()
     def end(self) -> Tensor:
         """The norm of what changed since ``begin``."""
         changes = [
-            (one.view(-1)[::every].float() - before.float()).mul_(math.sqrt(every))
+            (self._sample(one, every).float() - before.float()).mul_(math.sqrt(every))
             for (one, every), before in zip(self._tensors, self._before, strict=True)
         ]
         self._before = []
-        return nn.utils.get_total_norm(changes)
+        norm = nn.utils.get_total_norm(changes)
+        if self._sharded:
+            squared = norm.square()
+            dist.all_reduce(squared)
+            norm = squared.sqrt()
+        return norm
+
+    def _sample(self, tensor: Tensor, every: int) -> Tensor:
+        return local(tensor.detach()).view(-1)[::every]

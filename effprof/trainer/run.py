@@ -126,12 +126,11 @@ def make(plan: Plan, out: Path, given: Mapping[str, Any]) -> Run:
                 f"{flag(name)} must not be negative, not {getattr(run, name)}.",
                 f"Type {flag(name)} 0.",
             )
-    for name in ("log_norms", "init_from"):
-        if plan.parallel == "fsdp" and getattr(run, name):
-            raise UsageError(
-                f"{flag(name)} does not go with --parallel fsdp: it reads whole tensors.",
-                f"Leave {flag(name)} out, or use --parallel ddp.",
-            )
+    if plan.parallel == "fsdp" and run.init_from:
+        raise UsageError(
+            "--init-from does not go with --parallel fsdp: it reads whole tensors.",
+            "Leave --init-from out, or use --parallel ddp.",
+        )
     if run.warmup > run.steps:
         raise UsageError(
             f"--warmup {run.warmup} is longer than the run of {run.steps} steps.",
