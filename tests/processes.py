@@ -108,19 +108,17 @@ def _port() -> int:
 
 
 def _command(typed: list[str]) -> None:
-    """A command line, killed outright in process 1 once there is a checkpoint, unless started
-    again.
+    """A command line whose process 0 is killed outright when every shard of its second checkpoint
+    is written, before that has its place; unless it is started again.
     """
-    draw, out = Session._draw, Path(typed[typed.index("--out") + 1])
+    commit = checkpoint.commit
 
-    def killed(self: Session) -> Drawn:
-        if self.world.rank and not launch.restarted() and self.progress.step == 3:
-            while not list(out.glob(f"{checkpoint.PREFIX}*")):
-                time.sleep(0.01)
+    def killed(run: Path, temporary: Path, document: dict[str, Any], *more: Any) -> None:
+        if document["step"] == 4 and not launch.restarted():
             os.kill(os.getpid(), signal.SIGKILL)
-        return draw(self)
+        commit(run, temporary, document, *more)
 
-    Session._draw = killed  # type: ignore[method-assign]
+    checkpoint.commit = killed
     code = cli.run(typed)
     assert not code, code
 

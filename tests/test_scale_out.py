@@ -130,6 +130,7 @@ def test_a_killed_process_costs_a_restart_and_no_loss(
     """torchrun's agent starts all again; they go on from the newest checkpoint by themselves."""
     out = several[1] / "typed"
     assert json.loads((out / "summary.json").read_text())["resumed_at"] == 2
+    assert not list(out.glob(".checkpoint-*"))  # what it had written by then
     assert _numbers(out) == pytest.approx(_numbers(alone("galore")[0]), rel=1e-4)
 
 
