@@ -103,7 +103,7 @@ def suffer(folder: Path, kills: int, arguments: list[str], chance: random.Random
     while True:
         call += 1
         if kills:
-            seconds = chance.uniform(0, whole / 3) if survived < kills else 120.0
+            seconds = chance.uniform(0, whole / kills) if survived < kills else 120.0
             pid = child(again, log, lambda: None)
         else:
             pid, seconds = child(again, log, dies_at(call)), 120.0
