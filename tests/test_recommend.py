@@ -223,6 +223,32 @@ def test_the_commands_are_the_plan() -> None:
     assert "--update stable-spam" in command(sltrain, "validate")
 
 
+@pytest.mark.parametrize(
+    ("config", "flags"),
+    [
+        ({"model_type": "llama", "max_position_embeddings": 128}, ("--seq-len", "16")),
+        ({"model_type": "gemma2", "head_dim": 8}, ("--attention", "eager")),
+    ],
+)
+def test_a_model_that_needs_a_flag_to_make_a_plan(
+    config: dict[str, Any], flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Its commands name that flag, and not every other one."""
+    path = tmp_path / "config.json"
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 512}
+    path.write_text(json.dumps({**shape, **heads, **config}))
+    asked = ("--model", path, *flags, "--gpu", "rtx-4090")
+    code, out, err = run("recommend", *asked, *QUICK, "--json")
+    assert code == 0, err
+    for name, words in json.loads(out)["commands"].items():
+        assert " ".join(flags) in words
+        assert words.count("--") <= 10, (name, words)
+    code, out, err = run("estimate", *asked[:-2])
+    assert (code, err) == (0, "")
+    assert f"{flags[0]} {flags[1]}" in " ".join(out.split())
+
+
 QUICK = ("--methods", "full,scale-sgd", "--global-batch", "8")
 
 

@@ -116,7 +116,7 @@ def _space(
     refuse(flags, ("optimizer_impl",), "recommend: the fastest that a method has is taken")
     refuse(flags, ("attention_mask",), "recommend: what it recommends is to be trained here")
     values = plan_values(flags)
-    from_dict({key: values[key] for key in ("model",) if key in values})  # its own error first
+    from_dict(_possible(values))  # its own error first
     if "method" in values and methods is not None:
         raise UsageError("--method and --methods both name methods.", "Give one of them.")
     if "rank" in values and ranks is not None:
@@ -145,6 +145,11 @@ def _space(
     return Space(values, names, ranks_of(ranks) if ranks else (), tried, named)
 
 
+def _possible(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the flags those without which a model may not make a plan."""
+    return {key: values[key] for key in ("model", "seq_len", "attention") if key in values}
+
+
 def _ranked(name: str) -> bool:
     from effprof import registry
 
@@ -164,7 +169,7 @@ def _card(space: Space, max_memory: str | None) -> tuple[Gpu, int]:
             given = int(psutil.virtual_memory().available)
         from effprof.plan import from_dict
 
-        plan = from_dict({"model": values.get("model"), "device": "cpu"})
+        plan = from_dict(_possible(values) | {"device": "cpu"})
         return gpus.of(plan).calibrated(), given
     if "gpu" in values:
         return _limited(gpus.gpu(values["gpu"]).calibrated(), given)

@@ -164,6 +164,11 @@ def unlike(closest: Choice, limits: Limits) -> str:
     )
 
 
+# What a model may need to make a plan at all comes first, settings of a plan that is possible last.
+_FIRST = ("model", "method", "attention", "seq_len")
+_LAST = ("settings", "update_settings")
+
+
 def command(plan: Plan, name: str, steps: int | None = None) -> str:
     """The command line of this plan, as short as its defaults allow; ``steps`` ends a training
     sooner than what is published of the plan.
@@ -173,10 +178,10 @@ def command(plan: Plan, name: str, steps: int | None = None) -> str:
     words = ["effprof", name]
     given: dict[str, Any] = {}
     said: dict[int, dict[str, Any]] = {}  # what is given resolves to, by how much is given
-    for key in ("model", "method", *(k for k in wanted if k not in ("model", "method"))):
-        if key in ("settings", "update_settings"):
+    for key in (*_FIRST, *(k for k in wanted if k not in (*_FIRST, *_LAST)), *_LAST):
+        if key in _LAST:
             words += _settings(key, wanted, given)
-        elif key not in ("global_batch", "update_settings") and _differs(key, wanted, given, said):
+        elif key != "global_batch" and _differs(key, wanted, given, said):
             given[key] = tuple(wanted[key]) if isinstance(wanted[key], list) else wanted[key]
             text = _count(given[key]) if key == "tokens" else _text(given[key])
             words += [flag(key)] if given[key] is True else [flag(key), text]
@@ -198,7 +203,9 @@ def _length(plan: Plan) -> list[str]:
 def _differs(
     key: str, wanted: dict[str, Any], given: dict[str, Any], said: dict[int, dict[str, Any]]
 ) -> bool:
-    """Whether a value is not what the plan so far has; a half-said plan may be refused."""
+    """Whether a value is not what the plan so far has, or the default where a half-said plan is
+    refused.
+    """
     if key in ("model", "method"):
         return True
     if key == "rank" and wanted.get("rank") is None:
@@ -207,7 +214,7 @@ def _differs(
         if len(given) not in said:
             said[len(given)] = from_dict(given).as_dict()
     except UsageError:
-        return True
+        return bool(getattr(Plan, key, None) != wanted[key])
     return bool(said[len(given)][key] != wanted[key])
 
 
