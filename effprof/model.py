@@ -319,7 +319,7 @@ def _architecture(model: str) -> Architecture:
     if preset is None and (model.endswith(".json") or path.is_dir()):
         file = path / "config.json" if path.is_dir() else path
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
+            config = json.loads(file.read_text(encoding="utf-8-sig"))
         except OSError as problem:
             raise UsageError(
                 f"Cannot read {str(file)!r}: {problem.strerror}.",
@@ -462,11 +462,22 @@ def _check_kinds(config: Mapping[str, Any], name: str) -> None:
             raise UsageError(
                 f"{key} is {config[key]!r} in {name!r}.", f"Known: {', '.join(_ACTIVATIONS)}."
             )
+    for key in ("rms_norm_eps", "rope_theta"):
+        value = config.get(key)
+        if value is not None and (not _is_number(value) or value <= 0):
+            raise UsageError(f"{key} is {value!r} in {name!r}.", f"{key} is a positive number.")
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(key), Mapping | None):
+            raise UsageError(f"{key} is {config[key]!r} in {name!r}.", f"{key} is a table or null.")
     window = config.get("sliding_window")
     if window is not None and (not isinstance(window, int) or window <= 0):
         raise UsageError(
             f"sliding_window is {window!r} in {name!r}.", "It is a positive whole number or null."
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _head_dim(config: Mapping[str, Any], name: str) -> int:

@@ -34,6 +34,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "parallel": ("none", "ddp", "fsdp"),
 }
 TARGETS = ("attention", "mlp")
+_MOST_GPUS = 16_384
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,11 @@ class Plan:
         Settings.of(self.allocator)
         for name in ("micro_batch", "seq_len", "gpus"):
             _positive(name, getattr(self, name))
+        if self.gpus > _MOST_GPUS:
+            raise UsageError(
+                f"--gpus {self.gpus} is more than the {_MOST_GPUS:,} that are reckoned with.",
+                "Type fewer.",
+            )
         for name in ("grad_accum", "global_batch", "rank", "tokens"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
@@ -561,13 +567,23 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
+_WORDS = {
+    "str": "a text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "tuple": 'a list, such as ["mlp"],',
+    "Mapping": "a table",
+}
+
+
 def _check_type(name: str, declared: str, value: Any) -> None:
     """A value from a file may have any type; UsageError where it is not the field's."""
     kinds = tuple(kind for part in declared.split(" | ") for kind in _KINDS[part])
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise UsageError(
             f"{flag(name)} cannot be {value!r}.",
-            f"Give {declared.split(' | ')[0].split('[')[0].lower()} for {name}.",
+            f"Give {_WORDS[declared.split(' | ')[0].split('[')[0]]} for {name}.",
         )
 
 

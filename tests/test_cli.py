@@ -98,6 +98,14 @@ ERRORS = [
     (("train", "--model", "9m", "--steps", "5", "--dtype", "fp16"), "amp-fp16"),
     (("train", "--model", "9m", "--steps", "5", "--gpu", "t4"), "--gpu"),
     (("train", "--model", "9m", "--steps", "5", "--seed", "9" * 30), "whole number"),
+    (("train", "--model", "9m", "--steps", "5", "--seed", "3000000000"), "below 2^31"),
+    (("train", "--model", "9m", "--steps", "5", "--save-every", "6"), "Leave --save-every out"),
+    (("train", "--model", "9m", "--steps", "5", "--eval-every", "6"), "Leave --eval-every out"),
+    (("estimate", "--model", "60m", "--gpu", ""), "leave it out"),
+    (("estimate", "--model", "60m", "--gpus", "2", "--parallel", "none"), "ddp or fsdp"),
+    (("estimate", "--model", "60m", "--gpus", "1000000", "--parallel", "fsdp"), "Type fewer"),
+    (("compare", "--model", "60m", "--methods", "full", "--ranks", "8"), "Leave --ranks out"),
+    (("bench", "--model", "60m", "--methods", "full", "--ranks", "8"), "Leave --ranks out"),
 ]
 
 
@@ -152,6 +160,26 @@ def test_config_file_is_read_and_flags_override(tmp_path: Path) -> None:
         "plan"
     ]
     assert other["method"] == "full"
+    table = json.loads(run_cli("compare", "--config", path, "--methods", "full,fira", "--json")[1])
+    assert {row["method"] for row in table["rows"]} == {"full", "fira"}
+    asked = ("recommend", "--config", path, "--gpu", "rtx-3060", "--methods", "full", "--json")
+    assert json.loads(run_cli(*asked)[1])["plan"]["method"] == "full"
+
+
+@pytest.mark.parametrize(
+    ("length", "steps"), [(("--tokens", "8192"), 256), (("--steps", "10"), 10)]
+)
+def test_a_length_replaces_the_files_whole_length(
+    length: tuple[str, str], steps: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.toml"
+    plan = 'model = "9m"\ntokens = 4096\nseq_len = 16\nmicro_batch = 2\n'
+    path.write_text(f"[plan]\n{plan}[train]\nsteps = 128\nwarmup = 12\n")
+    out = ("--out", tmp_path / "run", "--device", "cpu", "--dry-run", "--json")
+    code, printed, err = run_cli("train", "--config", path, *length, *out)
+    assert code == 0, err
+    found = json.loads(printed)
+    assert found["steps"] == steps
 
 
 def test_estimate_loads_nothing_heavy() -> None:

@@ -241,3 +241,13 @@ def test_bad_plans_say_what_is_wrong(values: dict[str, Any], fragment: str) -> N
         work_out(Plan(**{"model": "9m", **values}))
     assert fragment in error.value.message
     assert error.value.hint
+
+
+def test_a_plan_has_one_estimate() -> None:
+    """Whatever lies where in memory: the same bytes again and again, in one process."""
+    values = {"model": "9m", "method": "relora", "freeze_rest": True, "gpus": 2, "dtype": "fp32"}
+    found, kept = set(), []
+    for number in range(12):
+        kept.append([object() for _ in range(1000 * number)])  # other addresses
+        found.add(estimate(from_dict(values)).memory.peak.size)
+    assert len(found) == 1

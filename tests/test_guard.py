@@ -124,6 +124,20 @@ def test_numbers_that_json_lacks_are_null(tmp_path: Path) -> None:
     assert row == {"step": 1, "loss": None, "grad_norm": None, "mfu": None, "lr": 1.0}
 
 
+def test_a_last_validation_without_a_number_is_a_failure(
+    tiny: str, texts: Path, tmp_path: Path
+) -> None:
+    """Skipped updates do not make a run of them: the weights are kept, and what is kept is said."""
+    more = ("--steps", "3", "--lr", "1e30", "--on-nan", "skip", "--json")
+    flags = ("--model", tiny, "--data", texts, "--out", tmp_path / "run", *SMALL, *more)
+    code, out, err = run_cli("train", *flags)
+    assert (code, out) == (1, "")
+    assert "The last validation's loss is nan" in err
+    assert "the checkpoint of step 3 is kept" in err
+    for path in (tmp_path / "run").rglob("*.json*"):
+        assert "NaN" not in path.read_text(), path
+
+
 @pytest.mark.usefixtures("poisoned")
 def test_skip_leaves_the_update_out(tiny: str, texts: Path, tmp_path: Path) -> None:
     code, err = train(tmp_path / "run", tiny, texts, "--steps", "12", "--on-nan", "skip")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -96,6 +97,33 @@ def test_bad_config_file(tmp_path: Path, content: str, fragment: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UsageError, match=fragment):
         architecture(str(tmp_path / "config.json"))
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"rope_scaling": "x"},
+        {"rope_theta": "abc"},
+        {"rms_norm_eps": "a"},
+        {"rms_norm_eps": 0},
+        {"sliding_window": -1},
+    ],
+)
+def test_a_field_of_another_kind(field: dict[str, object]) -> None:
+    (key,) = field
+    with pytest.raises(UsageError, match=key):
+        from_config({"model_type": "llama", **TINY, **field}, "x")
+
+
+def test_what_transformers_refuses_is_no_traceback() -> None:
+    from effprof.step import work_out
+    from effprof.trainer.build import skeleton
+
+    config = {"model_type": "llama", **TINY, "rope_scaling": {"rope_type": "foo"}}
+    step = work_out(Plan(model="9m"))
+    shape = dataclasses.replace(from_config(config, "mine"), layers=step.architecture.layers)
+    with pytest.raises(UsageError, match=r"transformers refuses the configuration of mine: .*foo"):
+        skeleton(dataclasses.replace(step, architecture=shape))
 
 
 def test_folder_is_as_good_as_its_config(tmp_path: Path) -> None:

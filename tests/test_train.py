@@ -273,7 +273,7 @@ def test_the_loop_does_not_wait_for_the_disk(
 
     monkeypatch.setattr(checkpoint, "save_file", slow)
     monkeypatch.setattr(loop.Loop, "update", watched)
-    more = ("--steps", "6", "--save-every", "7")
+    more = ("--steps", "6")
     save_at = loop.Loop.between
 
     def saves(self: loop.Loop) -> None:

@@ -152,7 +152,7 @@ def _document(flags: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     bench: dict[str, Any] = {"methods": methods_of(given["methods"])}
     bench |= {key: given[key] for key in ("search", "trials", "seeds") if key in given}
     if "ranks" in given:
-        bench["ranks"] = ranks_of(given["ranks"])
+        bench["ranks"] = ranks_of(given["ranks"], bench["methods"])
     for name, key in (("lrs", "lr"), ("lr_factors", "lr_factors")):
         if name in given:
             bench[key] = _numbers(name, given[name])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from effprof.cli import completion
-from effprof.cli.flags import plan_values, refuse, with_plan_flags
+from effprof.cli.flags import refuse, values_of_methods, with_plan_flags
 from effprof.errors import UsageError, unknown
 
 if TYPE_CHECKING:
@@ -73,9 +73,9 @@ def command(
     if sort not in comparing.ORDERS:
         raise unknown("--sort value", sort, comparing.ORDERS)
     names = comparing.methods_of(methods)
-    wanted = [] if ranks is None else comparing.ranks_of(ranks)
+    wanted = [] if ranks is None else comparing.ranks_of(ranks, names)
     found = comparing.compare(
-        plan_values(flags),
+        values_of_methods(flags),
         names,
         wanted,
         order=sort,

@@ -146,6 +146,9 @@ _REPLACES = {
 
 def plan_values(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Flags as a plan's fields, over those of ``--config``. Raises UsageError."""
+    for name, value in flags.items():
+        if value == "":
+            raise UsageError(f"{flag(name)} is empty.", "Give it a value, or leave it out.")
     values = {key: value for key, value in flags.items() if key not in ("config", "settings")}
     values |= _assignments(flags.get("settings", []))
     if "targets" in values:
@@ -158,7 +161,19 @@ def plan_values(flags: Mapping[str, Any]) -> dict[str, Any]:
     merged = {**base, **values}
     if isinstance(merged.get("tokens"), str):
         merged["tokens"] = parse_count(merged["tokens"], "--tokens")
+    if values.get("parallel") == "none" and merged.get("gpus", 1) > 1:
+        raise UsageError(
+            f"--parallel none does not go with --gpus {merged['gpus']}: each would train alone.",
+            "Type --parallel ddp or fsdp.",
+        )
     return merged
+
+
+def values_of_methods(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The same where other flags name the methods: without a file's own, and what followed."""
+    values = plan_values({**flags, "method": "*"})
+    del values["method"]
+    return values
 
 
 def _assignments(text: list[str]) -> dict[str, dict[str, str]]:

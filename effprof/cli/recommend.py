@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from effprof.cli.flags import option, plan_values, refuse, with_plan_flags
+from effprof.cli.flags import option, plan_values, refuse, values_of_methods, with_plan_flags
 from effprof.errors import NoDeviceError, UsageError, unknown
 from effprof.units import gib, parse_bytes
 
@@ -88,6 +88,11 @@ def command(
         lineage=_lineage(lineage),
         told=progress("ways to train"),
     )  # fmt: skip
+    if price_per_hour is not None and found.best and found.best.estimate.time is None:
+        raise UsageError(
+            f"--price-per-hour has no effect: {found.best.estimate.time_unknown}.",
+            "Leave --price-per-hour out.",
+        )
     document = found.as_dict()
     if found.best is not None:
         from effprof.recommender import last
@@ -115,9 +120,9 @@ def _space(
 
     refuse(flags, ("optimizer_impl",), "recommend: the fastest that a method has is taken")
     refuse(flags, ("attention_mask",), "recommend: what it recommends is to be trained here")
-    values = plan_values(flags)
+    values = plan_values(flags) if methods is None else values_of_methods(flags)
     from_dict(_possible(values))  # its own error first
-    if "method" in values and methods is not None:
+    if "method" in flags and methods is not None:
         raise UsageError("--method and --methods both name methods.", "Give one of them.")
     if "rank" in values and ranks is not None:
         raise UsageError("--rank and --ranks both name ranks.", "Give one of them.")
@@ -136,24 +141,16 @@ def _space(
                 f"--vary {key} has no effect: none of these methods has it.",
                 "`effprof methods NAME` lists a method's settings.",
             )
+        if any(one.startswith(f"{key}=") for one in flags.get("settings", ())):
+            raise UsageError(f"--set and --vary both name {key}.", "Give one of them.")
         tried.setdefault(key, []).extend(text.split(","))
-    if ranks and not any(_ranked(name) for name in names):
-        raise UsageError(
-            f"--ranks {ranks} has no effect: {', '.join(names)} has no rank.", "Leave --ranks out."
-        )
     named = methods not in (None, "all") or len(names) == 1
-    return Space(values, names, ranks_of(ranks) if ranks else (), tried, named)
+    return Space(values, names, ranks_of(ranks, names) if ranks else (), tried, named)
 
 
 def _possible(values: Mapping[str, Any]) -> dict[str, Any]:
     """Of the flags those without which a model may not make a plan."""
     return {key: values[key] for key in ("model", "seq_len", "attention") if key in values}
-
-
-def _ranked(name: str) -> bool:
-    from effprof import registry
-
-    return "rank" in registry.setting_fields(registry.method(name).addressed)
 
 
 def _card(space: Space, max_memory: str | None) -> tuple[Gpu, int]:

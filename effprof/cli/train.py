@@ -135,6 +135,9 @@ def command(
         "log": log,
     }
     base = read_table(flags.get("config"), "train")
+    if "tokens" in flags or steps is not None:  # of the file's length nothing is left
+        base = {key: value for key, value in base.items() if key not in ("steps", "warmup")}
+        flags = {"tokens": None, **flags} if "config" in flags else flags
     given = {**base, **{key: value for key, value in given.items() if value is not None}}
     refuse(flags, ("gpu",), "train: it uses the GPU that is here")
     if resume and out is None:

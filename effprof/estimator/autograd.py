@@ -10,6 +10,7 @@ functions/accumulate_grad.h; derivatives.yaml for each rule.
 from __future__ import annotations
 
 import heapq
+import itertools
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -182,7 +183,8 @@ class Graph:
         buffers: dict[Node | Leaf, Value] = {
             root: self.allocate(loss.numel, loss.itemsize, "d_loss")
         }
-        ready: list[tuple[int, int, Node | Leaf]] = [(-root.sequence, id(root), root)]
+        turn = itertools.count()  # of leaves, which have one sequence, the first to be ready
+        ready: list[tuple[int, int, Node | Leaf]] = [(-root.sequence, next(turn), root)]
         outer = self.module
         while ready:
             node = heapq.heappop(ready)[2]
@@ -218,7 +220,7 @@ class Graph:
                 result = None
                 waiting[target] -= 1
                 if not waiting[target]:
-                    heapq.heappush(ready, (-target.sequence, id(target), target))
+                    heapq.heappush(ready, (-target.sequence, next(turn), target))
             self.recording = True
         self.module = outer
 

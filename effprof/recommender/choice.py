@@ -15,6 +15,8 @@ from effprof.estimator.estimate import Estimate, estimate
 from effprof.gpus import Gpu
 from effprof.recommender.search import Found, Numbers
 
+# The search's seconds may be this much above the exact ones, by which limits are kept.
+_SLACK = 1.3
 OBJECTIVES = ("quality", "time", "memory", "cost")
 # Reserved bytes over the search's peak_allocated: above every plan of benchmarks/search.py.
 RESERVED = 1.8
@@ -90,12 +92,15 @@ class Chooser:
                 f"No time is known on {self.card.title}: neither peaks nor a probe.",
                 "Name a card of `effprof gpus`, or probe this one first.",
             )
-        if limits.hours:
-            assert tokens is not None
-            allowed &= found.seconds * float(tokens) <= limits.hours * 3600
-        if limits.tokens_per_second:
-            allowed &= found.seconds <= 1 / limits.tokens_per_second
-        return allowed
+        slowest = self._slowest()
+        return allowed if slowest is None else allowed & (found.seconds <= _SLACK * slowest)
+
+    def _slowest(self) -> float | None:
+        """Seconds per position that keep every limit; None where there is none."""
+        limits, tokens = self.limits, self.found.space.values.get("tokens")
+        most = [1 / limits.tokens_per_second] if limits.tokens_per_second else []
+        most += [limits.hours * 3600 / float(tokens)] if limits.hours and tokens else []
+        return min(most, default=None)
 
     def order(self, rows: Rows) -> Rows:
         """Best first. Under any objective updates with the rows asked for come before those with
@@ -130,9 +135,22 @@ class Chooser:
         return self._estimates[row]
 
     def fitting(self, rows: Rows) -> Choice | None:
-        """The best of these rows whose exact estimate fits; those that may are replayed."""
+        """The best of these rows whose exact estimate keeps the limits; what may is replayed.
+
+        Where only the fastest may, they are tried in that order.
+        """
         ordered = self.order(rows[self.least[rows] <= self.limits.memory])
+        found = self._first(ordered)
+        if found is None and self._slowest() is not None:
+            own = self.found
+            fastest = np.lexsort((own.seconds[ordered], ~own.own_batch[ordered]))
+            found = self._first(ordered[fastest][:_REPLAYS])
+        return found
+
+    def _first(self, ordered: Rows) -> Choice | None:
         surely = self.most[ordered] <= self.limits.memory
+        if (slowest := self._slowest()) is not None:
+            surely &= self.found.seconds[ordered] <= slowest
         fitting = []
         for tried, row in enumerate(ordered.tolist()):
             if tried >= _REPLAYS and not surely[tried]:

@@ -181,8 +181,15 @@ def methods_of(text: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def ranks_of(text: str) -> list[int]:
-    """``64:1024`` (doubling), or numbers separated by commas. Raises UsageError."""
+def ranks_of(text: str, methods: Sequence[str] = ()) -> list[int]:
+    """``64:1024`` (doubling), or numbers separated by commas. Raises UsageError, also where none of
+    these methods has a rank.
+    """
+    if methods and not any(ranks_of_method(name, (1,)) == (1,) for name in methods):
+        raise UsageError(
+            f"--ranks {text} has no effect: {', '.join(methods)} has no rank.",
+            "Leave --ranks out.",
+        )
     low, colon, high = text.partition(":")
     try:
         found = [int(low), int(high)] if colon else [int(part) for part in text.split(",")]

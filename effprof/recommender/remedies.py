@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from effprof.gpus import Gpu
 from effprof.model import architecture, presets
 from effprof.plan import Plan, from_dict
 from effprof.recommender.choice import Limits
+from effprof.units import GIB
 
 _LENGTHS = (2, 4, 8)  # what a row's length is divided by
 _CARDS = (2, 4, 8)
@@ -32,8 +34,17 @@ class Remedy:
 
 def remedies(smallest: Plan, card: Gpu, limits: Limits) -> list[Remedy]:
     """For each kind of change the smallest that works, estimated in full."""
-    tried = (_card(smallest, limits), *_changes(smallest, card, limits))
+    tried = (_more(smallest, card, limits), *_changes(smallest, card, limits))
     return [change for change in tried if change is not None]
+
+
+def _more(plan: Plan, card: Gpu, limits: Limits) -> Remedy | None:
+    """More of the card, where --max-memory left some of it; else another card."""
+    total = estimate(plan, card=card).total
+    needed = total / (1 - limits.margin)
+    if needed <= card.memory:
+        return Remedy(f"--max-memory {math.ceil(100 * needed / GIB) / 100:g}GiB", total)
+    return _card(plan, limits)
 
 
 def _card(plan: Plan, limits: Limits) -> Remedy | None:

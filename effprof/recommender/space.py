@@ -146,6 +146,7 @@ def candidates(space: Space, lineage: str = "") -> Candidates:
     """Every candidate of a space. Raises UsageError where no method takes what is given."""
     found: list[Candidate] = []
     left_out: dict[str, str] = {}
+    problems: dict[str, UsageError] = {}
     for name in space.methods:
         try:
             default = _default(space, name)
@@ -157,6 +158,9 @@ def candidates(space: Space, lineage: str = "") -> Candidates:
                 )
         except UsageError as problem:
             left_out[name] = problem.message
+            problems.setdefault(problem.message, problem)
+    if not found and len(problems) == 1:  # nothing to do with any method
+        raise next(iter(problems.values()))
     if not found:
         label, why = next(iter(left_out.items()))
         raise UsageError(f"No method takes these flags; {label}: {why}", "Leave some of them out.")

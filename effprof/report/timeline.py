@@ -76,7 +76,7 @@ def recorded(probe: Probe) -> Timeline | None:
     from effprof.estimator.memory import measure
     from effprof.prober.compare import card_of
 
-    if probe.tape is None or not probe.tape.events:
+    if probe.tape is None or not probe.tape.events or not probe.tape.marks:
         return None
     card = card_of(probe)
     return timeline(probe.plan, measure(probe.plan, probe.tape, *([card] if card else [])))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from effprof.allocator import configuration
-from effprof.errors import NoDeviceError
+from effprof.errors import NoDeviceError, UsageError
 from effprof.plan import Plan
 from effprof.step import Step, Unit, layer_of, work_out
 from effprof.trained import Trained
@@ -127,7 +127,9 @@ def quiet_transformers() -> None:
 
 
 def skeleton(step: Step) -> nn.Module:
-    """The plain transformers model of a step, on meta."""
+    """The plain transformers model of a step, on meta. Raises UsageError for a configuration that
+    transformers refuses.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     quiet_transformers()
@@ -135,17 +137,25 @@ def skeleton(step: Step) -> nn.Module:
     values = {k: v for k, v in step.architecture.config.items() if k not in own}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = AutoConfig.for_model(
-            step.architecture.model_type, **{**values, "use_cache": False}
-        )
-        # A padding id's embedding never trains, and ours has no padding: 0 is end-of-text here.
-        config.pad_token_id = None
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(
-                config,
-                dtype=DTYPES[step.plan.weight_dtype],
-                attn_implementation=ATTENTION[step.plan.attention],
+        try:
+            config = AutoConfig.for_model(
+                step.architecture.model_type, **{**values, "use_cache": False}
             )
+            # A padding id's embedding never trains, and ours has no padding: 0 is end-of-text here.
+            config.pad_token_id = None
+            with torch.device("meta"):
+                model: nn.Module = AutoModelForCausalLM.from_config(
+                    config,
+                    dtype=DTYPES[step.plan.weight_dtype],
+                    attn_implementation=ATTENTION[step.plan.attention],
+                )
+        except Exception as problem:  # of many kinds, as each field of a config has its own
+            said = (str(problem).splitlines() or [""])[0]
+            raise UsageError(
+                f"transformers refuses the configuration of {step.architecture.name}: "
+                f"{type(problem).__name__}: {said}",
+                "Correct its config.json.",
+            ) from problem
     return model
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 
 from effprof.files import cannot_write
 from effprof.trainer.data import Batch
+from effprof.trainer.metrics import plain_json
 
 ON_NAN = ("stop", "skip", "rollback")
 WINDOW = 64  # losses that say what is usual
@@ -67,7 +67,7 @@ def record(
     try:
         path.parent.mkdir(exist_ok=True)
         save_file(tensors, path.with_suffix(".safetensors"))
-        path.with_suffix(".json").write_text(json.dumps({"step": step, "kind": kind, **numbers}))
+        path.with_suffix(".json").write_text(plain_json({"step": step, "kind": kind, **numbers}))
     except OSError as problem:
         raise cannot_write(path, problem) from None
     return path.with_suffix(".safetensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import time
 from pathlib import Path
 
@@ -106,6 +107,8 @@ class Loop:
                 result = self.validate(self.run.last_batches)
             if result is None:
                 self.live.note(finish.cut_short(self.stop.code, session, path))
+            elif not math.isfinite(result.loss):
+                raise self.diverged(f"The last validation's loss is {result.loss}.")
         return finish.outcome(self, result)
 
     def unfinished(self) -> bool:
@@ -258,7 +261,8 @@ class Loop:
             self.saver.wait()
         self.session.world.barrier()
         last = checkpoint.last_step(self.run.out)
-        kept = f"the checkpoint of step {last} is kept" if last else "there is no checkpoint yet"
+        known = last is not None
+        kept = f"the checkpoint of step {last} is kept" if known else "there is no checkpoint yet"
         return EffprofError(message, f"Use a smaller --lr, --clip 1 or --dtype fp32; {kept}.")
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,17 @@ class Log:
         """A number that is none, or infinite, becomes null: JSON has neither. Raises EffprofError
         where the disk refuses.
         """
-        lost = {k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
-        row = {key: None if key in lost else value for key, value in row.items()}
         try:
-            self._file.write((json.dumps(row) + "\n").encode())
+            self._file.write((plain_json(row) + "\n").encode())
         except OSError as problem:
             raise cannot_write(self.path, problem) from None
+
+
+def plain_json(row: Mapping[str, Any]) -> str:
+    """JSON of numbers of which those that are none, or infinite, are null."""
+    lost = {k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+    kept = {key: None if key in lost else value for key, value in row.items()}
+    return json.dumps(kept, allow_nan=False)
 
 
 def whole_rows(path: Path) -> list[str]:

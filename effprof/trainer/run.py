@@ -151,6 +151,12 @@ def _check_habits(run: Run) -> None:
             f"--keep-best {run.keep_best} has no effect without validations.",
             "Add --eval-every 100, or leave --keep-best out.",
         )
+    for name in ("save_every", "eval_every"):
+        if getattr(run, name) > run.steps:
+            raise UsageError(
+                f"{flag(name)} {getattr(run, name)} has no effect on a run of {run.steps} updates.",
+                f"Leave {flag(name)} out, or type a smaller number.",
+            )
     if run.on_nan == "skip" and run.plan.per_layer_update:
         raise UsageError(
             "--on-nan skip does not go with --per-layer-update: the weights have moved by then.",
@@ -172,8 +178,11 @@ def _checked(name: str, value: Any) -> Any:
     else:
         good = isinstance(value, str) and (value != "" or name == "log")  # as run.toml writes none
     if not good:
-        kind = "whole number" if name in _WHOLE else "number" if name in _REAL else "text"
-        kind = "true or false" if name in _SWITCHES else kind
+        kinds = {
+            **dict.fromkeys(_WHOLE, "whole number below 2^31"),
+            **dict.fromkeys(_REAL, "number"),
+        }
+        kind = {**kinds, **dict.fromkeys(_SWITCHES, "true or false")}.get(name, "text")
         raise UsageError(f"{flag(name)} cannot be {value!r}.", f"Give a {kind}.")
     return value
 

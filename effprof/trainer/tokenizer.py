@@ -70,8 +70,9 @@ def _load(path: str) -> Any:
             return AutoTokenizer.from_pretrained(path)
         return PreTrainedTokenizerFast(tokenizer_file=path, eos_token=END)
     except Exception as problem:  # noqa: BLE001 - tokenizers raises plain exceptions of many kinds
+        why = (str(problem).splitlines() or [type(problem).__name__])[0]
         raise UsageError(
-            f"Cannot load the tokenizer {path!r}: {type(problem).__name__}.",
+            f"Cannot load the tokenizer {path!r}: {why}",
             "Give a folder saved by save_pretrained, a tokenizer.json, or a name on the hub.",
         ) from None
 
