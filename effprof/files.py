@@ -72,9 +72,11 @@ def write_folder(folder: Path, fill: Callable[[Path], object]) -> None:
 def cannot_write(path: Path, problem: Exception) -> EffprofError:
     """The error for a write the system, or safetensors for it, refused."""
     reason = getattr(problem, "strerror", None) or problem
+    elsewhere = isinstance(problem, FileExistsError | NotADirectoryError | PermissionError)
     return EffprofError(
         f"Cannot write {str(path)!r}: {reason}.",
-        "Free some space or use another folder (--out, EFFPROF_HOME); nothing half-written stays.",
+        f"{'Use' if elsewhere else 'Free some space or use'} another folder (--out, EFFPROF_HOME); "
+        f"nothing half-written stays.",
     )
 
 

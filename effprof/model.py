@@ -329,7 +329,8 @@ def _architecture(model: str) -> Architecture:
             raise UsageError(
                 f"{str(file)!r} is not valid JSON: {problem}.", "Download config.json again."
             ) from None
-        return from_config(config, name=file.parent.resolve().name)
+        usual = file.name == "config.json"
+        return from_config(config, name=file.parent.resolve().name if usual else file.stem)
     if preset is None:
         if "/" in model:
             raise UsageError(

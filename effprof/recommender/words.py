@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effprof import registry
@@ -187,10 +186,8 @@ def command(plan: Plan, name: str, steps: int | None = None) -> str:
             words += [flag(key)] if given[key] is True else [flag(key), text]
     assert from_dict(given).as_dict() == {**plan.as_dict(), **dict.fromkeys(left_out)}
     if name == "train":
-        path = Path(plan.model)
-        stem = path.parent.name or path.stem if path.suffix == ".json" else path.name
         words += ["--steps", str(steps)] if steps else [] if plan.tokens else _length(plan)
-        words += ["--out", f"runs/{stem}-{plan.method}"]
+        words += ["--out", f"runs/{plan.architecture.name}-{plan.method}"]
     return shlex.join(words)
 
 
