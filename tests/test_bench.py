@@ -119,6 +119,21 @@ def test_two_processes_share_a_study_and_take_over_what_one_left(
     assert len(Study(tmp_path, asked).rows()) == asked.total == 4
 
 
+def test_a_trial_left_by_a_process_that_was_killed_while_asking_is_given_to_nobody(
+    tiny: str, texts: Path, tmp_path: Path
+) -> None:
+    """Each turn has its own rate: another's would be tried twice, and its own never."""
+    study = Study(tmp_path, spec(tiny, texts, methods=["full"]))
+    for _ in range(2):
+        study._studies["full"].enqueue_trial({"lr": 7e-3})
+    rates = []
+    while claim := study.claim():
+        rates.append(claim.lr)
+        study.finish(claim, row(claim))
+    assert rates == [3e-3, 1e-2]
+    assert len(study.rows()) == 2
+
+
 def test_a_failed_trial_is_a_result_and_can_be_tried_once_more(
     tiny: str, texts: Path, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -154,15 +154,25 @@ class Study:
         own = [one for one in self._trials(arm) if _seed(one) == 0]
         if turn < len(own):
             return self._take_over(arm, own[turn], retry_before)
-        study = self._studies[arm.label]
         if self.spec.search == "grid":
-            study.enqueue_trial({"lr": arm.rates[turn]})
-            low = high = arm.rates[turn]
-        else:
-            low, high = min(arm.rates), max(arm.rates)
-            # A seed of its own per turn: two processes must not draw the same number.
-            drawn = zlib.crc32(arm.label.encode()) + turn
-            study.sampler = optuna.samplers.TPESampler(seed=drawn, n_startup_trials=2)
+            return self._asked(arm, arm.rates[turn])
+        # A seed of its own per turn: two processes must not draw the same number.
+        drawn = zlib.crc32(arm.label.encode()) + turn
+        sampler = optuna.samplers.TPESampler(seed=drawn, n_startup_trials=2)
+        self._studies[arm.label].sampler = sampler
+        return self._asked(arm)
+
+    def _asked(
+        self, arm: Arm, lr: float | None = None, told: Mapping[str, int] | None = None
+    ) -> Claim | None:
+        """A new trial of a learning rate, or of one that is drawn, with what is told of it."""
+        study = self._studies[arm.label]
+        for left in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            # A process was killed before it asked: this one would be given to whoever asks next.
+            self._storage.set_trial_state_values(self._id(arm, left.number), TrialState.FAIL)
+        low, high = (min(arm.rates), max(arm.rates)) if lr is None else (lr, lr)
+        if lr is not None:
+            study.enqueue_trial({"lr": lr}, user_attrs=dict(told or {}))
         trial = study.ask({"lr": FloatDistribution(low, high, log=True)})
         return self._claimed(arm, trial.number)
 
@@ -175,10 +185,7 @@ class Study:
         best = self._best(trials)
         if best is None:
             return None
-        study = self._studies[arm.label]
-        study.enqueue_trial({"lr": best}, user_attrs={_SEED: seed})
-        trial = study.ask({"lr": FloatDistribution(best, best, log=True)})
-        return self._claimed(arm, trial.number)
+        return self._asked(arm, best, {_SEED: seed})
 
     def _best(self, trials: list[FrozenTrial]) -> float | None:
         """The learning rate of the lowest loss, once every one was tried; None where none is."""
@@ -197,11 +204,8 @@ class Study:
         """
         ended = trial.datetime_complete
         if trial.state == TrialState.FAIL and retry_before and ended and ended < retry_before:
-            study, lr = self._studies[arm.label], trial.params["lr"]
             told = {_SEED: _seed(trial), _AGAIN: trial.number}
-            study.enqueue_trial(trial.params, user_attrs=told)
-            again = study.ask({"lr": FloatDistribution(lr, lr, log=True)})
-            return self._claimed(arm, again.number)
+            return self._asked(arm, trial.params["lr"], told)
         return None if trial.state.is_finished() else self._claimed(arm, trial.number)
 
     def _claimed(self, arm: Arm, number: int) -> Claim | None:
@@ -226,15 +230,15 @@ class Study:
         replaced = {one.user_attrs.get(_AGAIN) for one in trials}
         return [one for one in trials if one.number not in replaced and "lr" in one.params]
 
-    def _note(self, arm: Arm, number: int, key: str, value: Any) -> None:
+    def _id(self, arm: Arm, number: int) -> int:
         study = self._storage.get_study_id_from_name(arm.label)
-        trial = self._storage.get_trial_id_from_study_id_trial_number(study, number)
-        self._storage.set_trial_user_attr(trial, key, value)
+        return self._storage.get_trial_id_from_study_id_trial_number(study, number)
 
     def finish(self, claim: Claim, row: dict[str, Any]) -> None:
         """Keep a trial's row: its loss, infinite where it diverged, or that it failed."""
         with self.locked():
-            self._note(claim.arm, claim.number, RESULT, row)
+            trial = self._id(claim.arm, claim.number)
+            self._storage.set_trial_user_attr(trial, RESULT, row)
             study = self._studies[claim.arm.label]
             if row["state"] == "failed":
                 study.tell(claim.number, state=TrialState.FAIL)
