@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import signal
 from collections.abc import Iterable
-
-SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}  # and their exit codes
 
 
 class EffprofError(ValueError):
@@ -39,6 +36,12 @@ class NoDeviceError(EffprofError):
     """A GPU is needed and there is none."""
 
     exit_code = 4
+
+
+def said(problem: BaseException) -> str:
+    """The kind of an exception, and the first line of what it says."""
+    lines = str(problem).splitlines() or [""]
+    return f"{type(problem).__name__}: {lines[0]}"
 
 
 def unknown(kind: str, value: str, known: Iterable[str], see: str = "") -> UsageError:

@@ -15,7 +15,7 @@ from effprof.bench.results import document, summarize, write_results
 from effprof.bench.spec import Spec
 from effprof.bench.study import Study
 from effprof.bench.trial import Trial
-from effprof.errors import SIGNALS
+from effprof.signals import SIGNALS
 from effprof.units import duration
 
 _POLL = 0.2  # seconds between looks at the children

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from effprof.errors import EffprofError
+from effprof.errors import EffprofError, said
 
 # What torch, CUDA and its libraries say where memory ran out and no OutOfMemoryError is raised: a
 # context on a full card, cuBLAS' and cuSOLVER's own buffers, the driver's pages, the CPU.
@@ -54,10 +54,9 @@ def main() -> None:
         told = {"detail": error.message, "hint": error.hint, "code": error.exit_code}
         records.emit("end", outcome="error", **told)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the probe's result
-        lines = str(error).splitlines() or [""]
         outcome = "oom" if out_of_memory(error) else "failed"
         with contextlib.suppress(OSError):  # a full disk: the parent says that it ended early
-            records.emit("end", outcome=outcome, detail=f"{type(error).__name__}: {lines[0]}")
+            records.emit("end", outcome=outcome, detail=said(error))
         os._exit(0 if outcome == "oom" else 1)  # unwinding a profiler out of memory would crash
 
 

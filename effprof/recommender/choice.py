@@ -13,7 +13,8 @@ import numpy.typing as npt
 from effprof.errors import UsageError
 from effprof.estimator.estimate import Estimate, estimate
 from effprof.gpus import Gpu
-from effprof.recommender.search import Found, Numbers
+from effprof.recommender.instants import Numbers
+from effprof.recommender.search import Found
 
 # The search's seconds may be this much above the exact ones, by which limits are kept.
 _SLACK = 1.3

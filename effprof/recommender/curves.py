@@ -6,16 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from effprof.estimator.operations import CHUNK
 from effprof.estimator.time import Rates, seconds
 from effprof.estimator.work import MAPPED, Work
 from effprof.kernels import embedding_backward
 from effprof.plan import Plan
-from effprof.recommender.instants import LAYERS, SCRATCH, Blocks, Passage, Sizes, blocks
+from effprof.recommender.instants import LAYERS, SCRATCH, Blocks, Numbers, Passage, Sizes, blocks
 
-Numbers = npt.NDArray[np.float64]
 _NONE = np.zeros(0, np.int64)
 
 

@@ -28,6 +28,7 @@ from effprof.step import Step, layer_of
 from effprof.tape import Tape
 
 Sizes = npt.NDArray[np.int64]
+Numbers = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 Blocks = Callable[[Sizes], Sizes]
 LAYERS = 3  # the first, one that stands for all between, the last

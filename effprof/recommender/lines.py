@@ -6,11 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from effprof.recommender.instants import Held, Sizes
-
-Numbers = npt.NDArray[np.float64]
+from effprof.recommender.instants import Held, Numbers, Sizes
 
 
 @dataclass(frozen=True, slots=True)

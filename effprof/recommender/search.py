@@ -20,12 +20,11 @@ from effprof.gpus import Gpu
 from effprof.plan import Plan, from_dict
 from effprof.recommender import lines
 from effprof.recommender.curves import Curve, curve
-from effprof.recommender.instants import Held, held, passage, regular
+from effprof.recommender.instants import Held, Numbers, held, passage, regular
 from effprof.recommender.lines import Kept
 from effprof.recommender.space import SHORT, Candidate, Space
 from effprof.step import Step, work_out
 
-Numbers = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
 Told = Callable[[int, int], None]
 

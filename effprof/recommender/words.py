@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from effprof import registry
@@ -53,6 +54,23 @@ def short(plan: Plan) -> str:
     parts += ["ckpt"] if plan.checkpointing == "full" else []
     parts += ["chunked"] if plan.loss == "chunked" else []
     return " ".join(parts)
+
+
+def perplexity(values: Mapping[str, Any] | None) -> str:
+    """A table's cell of what is known: the published number, or where one is expected."""
+    if values is None or values["perplexity"] is None:
+        return "unknown"
+    if values["kind"] == "interpolated":
+        return f"~{values['low']:.1f}–{values['high']:.1f}"
+    return f"{values['perplexity']:.2f}"
+
+
+def by_reason(left_out: Mapping[str, str]) -> dict[str, list[str]]:
+    """Methods that were left out, those of one reason together."""
+    found: dict[str, list[str]] = {}
+    for name, why in left_out.items():
+        found.setdefault(why, []).append(name)
+    return found
 
 
 def reasons(found: Recommendation, best: Choice) -> list[str]:

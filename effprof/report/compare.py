@@ -9,7 +9,7 @@ from rich.text import Text
 from effprof import registry
 from effprof.published import lineages
 from effprof.recommender.compare import Row, Table
-from effprof.recommender.words import command
+from effprof.recommender.words import command, perplexity
 from effprof.report.terminal import console, table
 from effprof.units import GIB, quantity
 
@@ -71,18 +71,10 @@ def _cells(row: Row, full: Row | None, *, timed: bool) -> list[str]:
     if timed:
         rate = values["tokens_per_second"]
         cells.append("" if rate is None else quantity(rate))
-    cells.append(_perplexity(values))
+    cells.append(perplexity(values))
     if full is None or full is row:
         cells.append("")
     else:
         share = row.estimate.total / full.estimate.total - 1
         cells.append(f"{100 * share:+.0f} %")
     return cells
-
-
-def _perplexity(values: dict[str, Any]) -> str:
-    if values["perplexity"] is None:
-        return "unknown"
-    if values["kind"] == "interpolated":
-        return f"~{values['low']:.1f}–{values['high']:.1f}"
-    return f"{values['perplexity']:.2f}"

@@ -10,7 +10,7 @@ from rich.text import Text
 from effprof.recommender.choice import Choice
 from effprof.recommender.measured import Measured
 from effprof.recommender.recommend import Recommendation
-from effprof.recommender.words import batch, change, command, short, title
+from effprof.recommender.words import batch, by_reason, change, command, perplexity, short, title
 from effprof.report.terminal import console, table
 from effprof.units import GIB, duration, gib, quantity
 
@@ -47,8 +47,7 @@ def show_recommendation(found: Recommendation) -> None:
     if found.not_searched:
         why = "no run like this is published; --methods takes them all the same"
         reasons[why] = sorted(found.not_searched)
-    for name, why in found.candidates.left_out.items():
-        reasons.setdefault(why, []).append(name)
+    reasons |= by_reason(found.candidates.left_out)
     for why, names in list(reasons.items())[:_LEFT_OUT]:
         out.print(f"Left out {', '.join(names)}: {why}", style="dim")
     if best is not None:
@@ -78,11 +77,7 @@ def _show_pareto(found: Recommendation, best: Choice) -> None:
             f"{(found.limits.memory - one.total) / GIB:+.1f}",
             "" if time is None else quantity(time.positions / time.update),
             "" if time is None or time.run is None else duration(time.run),
-            "unknown"
-            if known is None
-            else f"{known.perplexity:.2f}"
-            if known.kind == "published"
-            else f"~{known.low:.1f}–{known.high:.1f}",
+            perplexity(None if known is None else known._asdict()),
         )
     console().print(rows)
 

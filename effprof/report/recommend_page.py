@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from effprof.recommender.words import by_reason, perplexity
 from effprof.report.page import Chart, Grid, Page, Prose, Section
 from effprof.report.sections import bars, error_of, scatter, settings, stack
 from effprof.report.subject import Subject
@@ -43,7 +44,7 @@ def page(subject: Subject) -> Page:
         title = f"{plan['model']}: nothing keeps the limits"
         if document["remedies"]:
             rows = [(one["flag"], gib(one["total"])) for one in document["remedies"]]
-            sections.append(Grid("What would fit", ("with", "takes"), rows))
+            sections.append(Grid("What would do", ("with", "takes"), rows))
         sections.append(_limits(document, shown))
     sections.append(_bars(document, shown))
     sections.append(settings(plan))
@@ -58,21 +59,13 @@ def _tiles(document: Row, shown: Row) -> list[tuple[str, str, str]]:
         tiles = [("the smallest plan", f"{gib(-spare)} too large", "bad")]
     tiles.append(("process", gib(shown["total"]), ""))
     if shown["perplexity"] is not None:
-        tiles.append((f"perplexity, {shown['kind']}", _perplexity(shown), ""))
+        tiles.append((f"perplexity, {shown['kind']}", perplexity(shown), ""))
     if shown["update_seconds"]:
         tiles.append(("update", duration(shown["update_seconds"]), ""))
         tiles.append(("tokens per second", quantity(shown["tokens_per_second"]), ""))
     if shown["run_seconds"]:
         tiles.append(("the run", duration(shown["run_seconds"]), ""))
     return tiles
-
-
-def _perplexity(row: Row) -> str:
-    if row["perplexity"] is None:
-        return "unknown"
-    if row["kind"] == "published":
-        return f"{row['perplexity']:.2f}"
-    return f"~{row['low']:.1f}–{row['high']:.1f}"
 
 
 def _limits(document: Row, shown: Row) -> Grid:
@@ -157,7 +150,7 @@ def _told(row: Row) -> str:
     parts = [
         f"{row['title']} at {row['batch']}: {gib(row['total'])}"
         + (" (does not fit)" if row["headroom"] < 0 else ""),
-        f"perplexity {_perplexity(row)}{' ' + row['kind'] if known else ''}",
+        f"perplexity {perplexity(row)}{' ' + row['kind'] if known else ''}",
         f"{duration(row['update_seconds'])} an update" if row["update_seconds"] else "",
         f"{duration(row['run_seconds'])} for the run" if row["run_seconds"] else "",
     ]
@@ -171,7 +164,7 @@ def _pareto(document: Row, best: Row) -> Grid:
     shown = [
         (
             f"{'→ ' if row is best else ''}{row['title']}",
-            _perplexity(row),
+            perplexity(row),
             gib(row["total"]),
             gib(row["headroom"]),
             quantity(row["tokens_per_second"]) if row["tokens_per_second"] else "unknown",
@@ -221,7 +214,5 @@ def _notes(document: Row) -> list[str]:
     if document["not_searched"]:
         names = ", ".join(document["not_searched"])
         notes.append(f"Left out, for no run like this is published of them: {names}.")
-    why: dict[str, list[str]] = {}
-    for name, reason in document["left_out"].items():
-        why.setdefault(reason, []).append(name)
+    why = by_reason(document["left_out"])
     return [*notes, *(f"Left out {', '.join(names)}: {one}." for one, names in why.items())]

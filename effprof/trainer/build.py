@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from effprof.allocator import configuration
-from effprof.errors import NoDeviceError, UsageError
+from effprof.errors import NoDeviceError, UsageError, said
 from effprof.plan import Plan
 from effprof.step import Step, Unit, layer_of, work_out
 from effprof.trained import Trained
@@ -150,10 +150,9 @@ def skeleton(step: Step) -> nn.Module:
                     attn_implementation=ATTENTION[step.plan.attention],
                 )
         except Exception as problem:  # of many kinds, as each field of a config has its own
-            said = (str(problem).splitlines() or [""])[0]
             raise UsageError(
                 f"transformers refuses the configuration of {step.architecture.name}: "
-                f"{type(problem).__name__}: {said}",
+                f"{said(problem)}",
                 "Correct its config.json.",
             ) from problem
     return model

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from effprof.errors import SIGNALS
+from effprof.signals import SIGNALS
 from effprof.trainer.world import World
 
 _LOOK = 0.2  # seconds of waiting for data from one look at the signals to the next
