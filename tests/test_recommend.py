@@ -275,10 +275,13 @@ def test_json_and_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (("--max-hours", "0.1"), "the shortest run takes"),
         (("--max-perplexity", "2"), "the best is"),
         (("--min-tokens-per-second", "1e9"), "tokens/s, not 1,000,000,000"),
+        (("--max-hours", "5", "--max-perplexity", "29"), "with --max-perplexity 29 the shortest"),
+        (("--max-hours", "0.1", "--max-perplexity", "2"), "; the best is"),
+        (("--max-hours", "1", "--min-tokens-per-second", "1e9"), ", the fastest makes"),
     ],
 )
-def test_a_limit_that_nothing_keeps_is_answered_with_one_that_does(
-    limit: tuple[str, str], words: str
+def test_limits_that_nothing_keeps_are_answered_with_some_that_do(
+    limit: tuple[str, ...], words: str
 ) -> None:
     asked = ("recommend", "--model", "60m", "--gpu", "rtx-4060", "--tokens", "1.4B", "--json")
     few = ("--methods", "full,stable-spam", "--global-batch", "128")
@@ -287,7 +290,7 @@ def test_a_limit_that_nothing_keeps_is_answered_with_one_that_does(
     assert code == 3
     assert words in document["reasons"][0]
     (remedy,) = document["remedies"]
-    assert run(*asked, *few, *remedy["flag"].split())[0] == 0
+    assert run(*asked, *few, *limit, *remedy["flag"].split())[0] == 0  # the last of a flag counts
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +13,11 @@ from effprof.errors import UsageError
 from effprof.gpus import Gpu
 from effprof.recommender.choice import Choice, Chooser, Limits
 from effprof.recommender.compare import Row
-from effprof.recommender.remedies import Remedy, remedies
+from effprof.recommender.remedies import Remedy
 from effprof.recommender.search import Search, Told
 from effprof.recommender.space import Candidate, Candidates, Space, candidates
-from effprof.recommender.words import batch, change, command, reasons, title, unlike
+from effprof.recommender.unmet import nothing
+from effprof.recommender.words import batch, change, command, reasons, title
 
 SCHEMA = "effprof.recommend/1"
 
@@ -148,7 +148,7 @@ def recommend(
     full = _full(chooser, rows)
     nearest, closest, ways, problem = None, None, list[Remedy](), ""
     if best is None:
-        closest, ways, problem = _nothing(chooser, card, limits)
+        closest, ways, problem = nothing(chooser, card, limits)
     else:
         nearest = chooser.nearest(known, best.row)
     pareto = chooser.pareto(known if len(known) and not named else rows) if best else []
@@ -190,69 +190,3 @@ def _full(chooser: Chooser, rows: Any) -> Choice | None:
         return None
     smallest = int(own[np.argmin(chooser.least[own])])
     return chooser.fitting(own) or Choice(smallest, chooser.estimate(smallest))
-
-
-def _nothing(
-    chooser: Chooser, card: Gpu, limits: Limits
-) -> tuple[Choice | None, list[Remedy], str]:
-    """What comes nearest where nothing keeps the limits, and what would help."""
-    every = np.arange(len(chooser.found))
-    smallest = int(every[np.argmin(chooser.least)])
-    closest = Choice(smallest, chooser.estimate(smallest))
-    if closest.total > limits.memory:
-        return (
-            closest,
-            remedies(chooser.found.plan(smallest), card, limits),
-            unlike(closest, limits),
-        )
-    memory_alone = Limits(limits.memory, limits.margin)
-    given = [name for name in _FLAGS if getattr(limits, name) is not None]
-    best: Choice | None = None
-    told, ways = [], []
-    for name in given:
-        objective = "quality" if name == "perplexity" else "time"
-        other = Chooser(
-            chooser.found, card, memory_alone, objective, chooser.price, chooser.lineage
-        )
-        found = other.fitting(every)
-        if found is not None:
-            reached, flag = _reached(name, found, limits)
-            told.append(reached)
-            ways += [Remedy(flag, found.total)] if flag and len(given) == 1 else []
-            best = best or found
-    kept = " and ".join(_FLAGS[name] for name in given)
-    words = f"Plans fit into memory, but none of them keeps {kept}: {'; '.join(told)}."
-    return best or closest, ways, words
-
-
-def _reached(name: str, choice: Choice, limits: Limits) -> tuple[str, str]:
-    """How near the plan that is best in one respect comes to its limit, and the flag that it would
-    keep.
-    """
-    time, known = choice.estimate.time, choice.estimate.quality
-    who, asked, flag = title(choice.estimate.plan), getattr(limits, name), _FLAGS[name]
-    if name == "perplexity":
-        if known is None:
-            return f"no perplexity of {who} is known", ""
-        best = f"{known.perplexity:.2f}, not {asked:g}"
-        return f"the best is {best} ({who})", f"{flag} {math.ceil(100 * known.perplexity) / 100:g}"
-    if time is None:
-        return f"no time of {who} is known", ""
-    if name == "hours":
-        hours = (time.run or 0.0) / 3600
-        return (
-            f"the shortest run takes {hours:,.1f} h, not {asked:,g} ({who})",
-            f"{flag} {math.ceil(10 * hours) / 10:g}",
-        )
-    rate = time.positions / time.update
-    return (
-        f"the fastest makes {rate:,.0f} tokens/s, not {asked:,.0f} ({who})",
-        f"{flag} {math.floor(rate)}",
-    )
-
-
-_FLAGS = {
-    "hours": "--max-hours",
-    "tokens_per_second": "--min-tokens-per-second",
-    "perplexity": "--max-perplexity",
-}
