@@ -15,7 +15,7 @@ from helpers import run_cli
 
 from effprof import registry
 from effprof.cli import COMMANDS
-from effprof.plan import CHOICES
+from effprof.fields import CHOICES
 
 ROOT = Path(__file__).parent.parent
 

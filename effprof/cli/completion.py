@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from effprof.plan import CHOICES
+from effprof.fields import CHOICES
 
 Complete = Callable[[str], list[str]]
 

@@ -13,7 +13,8 @@ import typer
 
 from effprof.cli import completion
 from effprof.errors import UsageError
-from effprof.plan import Plan, flag, from_dict
+from effprof.fields import flag
+from effprof.plan import Plan, from_dict
 from effprof.units import parse_count
 
 

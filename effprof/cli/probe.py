@@ -11,7 +11,7 @@ import typer
 
 from effprof.cli.flags import default_device, option, plan_from, refuse, with_plan_flags
 from effprof.errors import EffprofError, UsageError
-from effprof.plan import flag
+from effprof.fields import flag
 from effprof.units import parse_bytes
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import typer
 from effprof.cli.flags import option, refuse, with_plan_flags
 from effprof.cli.probe import checked, here, keep
 from effprof.errors import UsageError
-from effprof.plan import flag
+from effprof.fields import flag
 
 if TYPE_CHECKING:
     from effprof.prober.compare import Comparison

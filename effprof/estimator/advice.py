@@ -11,7 +11,8 @@ from effprof import gpus
 from effprof.errors import UsageError
 from effprof.estimator.estimate import Estimate
 from effprof.estimator.memory import memory
-from effprof.plan import flag, from_dict
+from effprof.fields import flag
+from effprof.plan import from_dict
 from effprof.step import work_out
 
 _WORTH = 0.02  # of what the process takes: less is not worth a line

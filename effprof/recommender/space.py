@@ -14,8 +14,9 @@ from typing import Any
 from effprof import published, registry
 from effprof.errors import UsageError
 from effprof.estimator.quality import quality
+from effprof.fields import CHOICES
 from effprof.model import nearest_size
-from effprof.plan import CHOICES, Plan, from_dict
+from effprof.plan import Plan, from_dict
 from effprof.recommender.compare import common_lineage
 from effprof.recommender.instants import regular
 from effprof.step import Step, work_out

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from effprof import registry
 from effprof.errors import UsageError
 from effprof.estimator.quality import quality, unknown
-from effprof.plan import Plan, flag, from_dict
+from effprof.fields import flag
+from effprof.plan import Plan, from_dict
 from effprof.units import duration, gib
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from effprof.errors import UsageError
+from effprof.fields import TARGETS
 from effprof.model import Architecture, admit, supported
-from effprof.plan import TARGETS, Plan
+from effprof.plan import Plan
 from effprof.trainer.apply import edit_model, linear_targets
 from effprof.trainer.build import ATTENTION, quiet_transformers
 from effprof.trainer.layer import DTYPES, MethodLinear

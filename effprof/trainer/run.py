@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from effprof.errors import EffprofError, UsageError, unknown
+from effprof.fields import flag
 from effprof.files import to_toml, write_whole
 from effprof.model import nearest_size
-from effprof.plan import Plan, flag
+from effprof.plan import Plan
 from effprof.registry import INTEGERS
 from effprof.step import work_out
 from effprof.trainer import checkpoint, guard, pretrained, schedule, sinks
