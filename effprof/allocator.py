@@ -7,6 +7,7 @@ real runs by ``benchmarks/snapshot_replay.py``.
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,21 @@ _LEAST_MIB = {"max_split_size_mb": 2, "large_segment_size_mb": 11, "max_non_spli
 def configuration(text: str) -> str:
     """The PYTORCH_CUDA_ALLOC_CONF of a plan's allocator."""
     return _NAMES.get(text, text)
+
+
+def of_environment() -> str:
+    """What torch takes from this process's environment: its text, or ``default``.
+
+    Raises UsageError for settings whose effect is not known here.
+    """
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        text = os.environ.get(name, "")
+        if text:
+            try:
+                return text if Settings.of(text) != Settings() else "default"
+            except UsageError as problem:
+                raise UsageError(f"{name}={text}: {problem.message}", f"Unset {name}.") from None
+    return "default"
 
 
 def _parsed(name: str, value: str) -> int:

@@ -241,6 +241,11 @@ def recognise(name: str, total: int | None = None) -> Gpu | None:
     return next(iter(named or best), None)
 
 
+def here(name: str, total: int, capability: float | None = None) -> Gpu:
+    """The card of a driver's name and bytes: the catalog's, else one of these alone."""
+    return recognise(name, total) or Gpu(name, name, total, capability)
+
+
 # A card of another kind, and another speed, than the one whose name it begins with.
 _KINDS = {"laptop", "max", "sff", "ti", "super", "mobile", "d", "v2"}
 _SIZE = re.compile(r"[0-9]+gb")

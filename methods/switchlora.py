@@ -169,15 +169,35 @@ def before_step(layers: Sequence[Layer], clock: Clock, settings: Settings) -> No
     first = exchanged(max(clock.update - settings.rest, 0), clock.total_updates, settings)
     last = exchanged(clock.update, clock.total_updates, settings)
     turns = range(max(first, last - settings.rank), last)
-    if not turns:
+    if not turns or not layers:
         return
+    places = _Places(layers, turns)
     for layer in layers:
         a, b = layer.tensors["A"].grad, layer.tensors["B"].grad
-        rank = settings.rank
         if a is not None:
-            a[[(rank // 2 + turn) % rank for turn in turns]] = 0
+            a.index_fill_(0, places(settings.rank // 2, settings.rank), 0)
         if b is not None:
-            b[:, [turn % rank for turn in turns]] = 0
+            b.index_fill_(1, places(0, settings.rank), 0)
+
+
+class _Places:
+    """Where each turn of an update falls among so many: the same for all layers, so made once, and
+    on their device, which a copy from the host would wait for.
+    """
+
+    def __init__(self, layers: Sequence[Layer], turns: range) -> None:
+        self.turns = turns
+        self._made: dict[tuple[int, int], TorchTensor] = {}
+        self._device = layers[0].tensors["A"].device
+
+    def __call__(self, shift: int, count: int) -> TorchTensor:
+        import torch
+
+        if (shift, count) not in self._made:
+            first, last = self.turns.start + shift, self.turns.stop + shift
+            made = torch.arange(first, last, device=self._device).remainder_(count)
+            self._made[shift, count] = made
+        return self._made[shift, count]
 
 
 def after_step(
@@ -188,20 +208,17 @@ def after_step(
         exchanged(count, clock.total_updates, settings)
         for count in (clock.update - 1, clock.update)
     )
-    turns = list(range(max(first, last - settings.rank), last))
-    if not turns:
+    turns = range(max(first, last - settings.rank), last)
+    if not turns or not layers:
         return
+    places = _Places(layers, turns)
     for layer in layers:
-        half = settings.rank // 2
-        _exchange(layer, "A", turns, [turn % settings.rank for turn in turns], settings)
-        places = [(half + turn) % settings.rank for turn in turns]
-        _exchange(layer, "B", turns, places, settings)
+        _exchange(layer, "A", places, settings)
+        _exchange(layer, "B", places, settings)
 
 
-def _exchange(
-    layer: Layer, name: str, turns: Sequence[int], places: list[int], settings: Settings
-) -> None:
-    """Vectors at ``places`` of one factor for the candidates whose turn it is.
+def _exchange(layer: Layer, name: str, places: _Places, settings: Settings) -> None:
+    """Vectors of one factor for the candidates whose turn it is.
 
     W₀ takes the difference times the counterpart's vectors, whose moments start again.
     """
@@ -209,29 +226,33 @@ def _exchange(
     mine = own if name == "A" else own.t()
     other = layer.tensors["B"] if name == "A" else layer.tensors["A"].t()
     target = weight if name == "A" else weight.t()
-    old, new = mine[places], _candidates(layer, name, turns, mine[places], settings)
-    target.addmm_(other[:, places], old - new, alpha=settings.alpha / settings.rank)
-    mine[places] = new
+    own_places = places(0 if name == "A" else settings.rank // 2, settings.rank)
+    old = mine.index_select(0, own_places)
+    new = _candidates(layer, name, places, old, settings)
+    target.addmm_(
+        other.index_select(1, own_places), old - new, alpha=settings.alpha / settings.rank
+    )
+    mine.index_copy_(0, own_places, new)
     counterpart = layer.groups["B" if name == "A" else "A"]
     shape = layer.tensors["B" if name == "A" else "A"].shape
     for moment in counterpart.state.values():
         if moment.shape == shape:
-            (moment if name == "B" else moment.t())[places] = 0
+            (moment if name == "B" else moment.t()).index_fill_(0, own_places, 0)
 
 
 def _candidates(
-    layer: Layer, name: str, turns: Sequence[int], old: TorchTensor, settings: Settings
+    layer: Layer, name: str, places: _Places, old: TorchTensor, settings: Settings
 ) -> TorchTensor:
     """The vectors that come in; those that go out are kept in their places, or forgotten."""
     import torch
 
     if settings.candidates == "kept":
         pool = layer.tensors[f"{name}_candidates"]
-        new = pool[[turn % len(pool) for turn in turns]]
-        pool[[(turn - settings.rank) % len(pool) for turn in turns]] = old
+        new = pool.index_select(0, places(0, len(pool)))
+        pool.index_copy_(0, places(-settings.rank, len(pool)), old)
         return new
     sides = layer.tensors["B"].shape[0], layer.tensors["A"].shape[1]
     bound = _bounds(*sides, settings.rank)["AB".index(name)]
-    seed = (layer.seed * 1_000_003 + turns[0] * 2 + "AB".index(name)) % 2**63
+    seed = (layer.seed * 1_000_003 + places.turns[0] * 2 + "AB".index(name)) % 2**63
     generator = torch.Generator(old.device).manual_seed(seed)
     return torch.empty_like(old).uniform_(-bound, bound, generator=generator)

@@ -109,7 +109,7 @@ def test_what_stops_a_run_stops_it(
     assert (code, "a.jsonl" in err) == (1, True)
     code, _, err = dry_run(tiny, texts, tmp_path / "run", "--steps", "5", "--tokenizer", "nowhere")
     assert (code, "nowhere" in err) == (2, True)
-    monkeypatch.setattr(CpuMeter, "total", lambda self: 1000)
+    monkeypatch.setattr(CpuMeter, "free", lambda self: 1000)
     code, _, err = dry_run(tiny, texts, tmp_path / "run", "--steps", "5")
     assert (code, "--force" in err) == (3, True)
     assert dry_run(tiny, texts, tmp_path / "run", "--steps", "5", "--force")[0] == 0

@@ -12,9 +12,11 @@ import pytest
 import torch
 from helpers import run_cli
 
+from effprof.errors import UsageError
 from effprof.estimator.estimate import estimate
 from effprof.plan import Plan
 from effprof.prober import run
+from effprof.trainer.build import resolve_device
 
 PROBE = ("--model", "9m", "--method", "galore", "--micro-batch", "2", "--seq-len", "32")
 MIB = 2**20
@@ -67,6 +69,27 @@ def test_one_a100(gpu: pytest.MonkeyPatch) -> None:
     assert abs(errors["optimizer"]) < 1e-2
     roles = ("weights", "gradients", "optimizer", "buffers", "activations", "workspace")
     assert sum(memory[role] for role in roles) == memory["recorded"]
+
+
+def test_the_environments_allocator_is_the_plans(gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpu.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    assert probe()[1]["plan"]["allocator"] == "max_split_size_mb:64"
+    gpu.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
+    code, _, err = run_cli("probe", *PROBE)
+    assert code == 2
+    assert "PYTORCH_CUDA_ALLOC_CONF=backend:cudaMallocAsync" in err
+    gpu.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    with pytest.raises(UsageError, match="the plan has the default"):
+        resolve_device("cuda", "default")
+
+
+def test_recommend_takes_what_is_free(gpu: pytest.MonkeyPatch) -> None:
+    few = ("--model", "60m", "--methods", "full", "--global-batch", "16", "--json")
+    words = [sys.executable, "-m", "effprof", "recommend", *few]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    document = json.loads(done.stdout)
+    assert document["gpu"] == "a100-80gb"
+    assert document["limits"]["memory"] == round(0.95 * (85_899_345_920 - 3_000_000_000))
 
 
 def test_its_context_calibrates_later_estimates(gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from effprof.errors import EffprofError
 from effprof.measure.nvml import Device, Reading
 from effprof.measure.process import BY_APPEARANCE, BY_GROWTH, BY_PID, own
-from effprof.measure.visible import device_of, visible
+from effprof.measure.visible import device_of, first, visible
 
 ASK = """
 import json, dataclasses
@@ -196,6 +197,19 @@ def test_gpus_that_differ_are_counted_fastest_first() -> None:
     ordered = {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     assert visible(devices, ordered).note == ""
     assert visible(devices, {"CUDA_VISIBLE_DEVICES": "GPU-1b"}).note == ""
+
+
+def test_the_first_gpu_is_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = (device(0, "GPU-1a", "RTX 3090"), device(1, "GPU-1b", "A100"))
+    for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
+        monkeypatch.delenv(name, raising=False)
+    assert first(()) is None
+    assert first(devices[:1]) == devices[0]
+    assert first(WHOLE) == WHOLE[0]
+    with pytest.raises(EffprofError, match="fastest first"):
+        first(devices)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1b")
+    assert first(devices) == devices[1]
 
 
 def test_the_device_behind_torchs_uuid(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -16,7 +17,7 @@ from effprof.calibration import Calibration
 from effprof.estimator.estimate import estimate
 from effprof.estimator.flops import attention_forward, flops
 from effprof.estimator.memory import synthesize
-from effprof.estimator.time import Rates, kernels_alone
+from effprof.estimator.time import Rates, paced
 from effprof.estimator.work import work
 from effprof.plan import Plan
 from effprof.step import work_out
@@ -191,15 +192,38 @@ def test_a_price_without_effect(arguments: tuple[str, ...], hint: str) -> None:
 def test_measured_rates_replace_the_constants(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a plan's own pace, its estimate is what was measured of it."""
     plan = Plan(model="9m", device="cpu", micro_batch=4)
-    alone = kernels_alone(plan, Rates(**RATES))
-    efficiency = {f"{name}_bf16": value for name, value in RATES.items()}
-    found = Calibration("x", 1, "2026-11-22", efficiency=efficiency | {"pace_bf16": 0.5 / alone})
+    own = dataclasses.asdict(paced(plan, Rates(**RATES), 0.5))
+    efficiency = {f"{name}_bf16": own[name] for name in (*RATES, "pace")}
+    found = Calibration("x", 1, "2026-11-22", efficiency=efficiency)
     monkeypatch.setattr(calibration, "of", lambda card: found)
     time = estimate(plan).time
     assert time is not None
     assert time.measured
     assert time.steady == pytest.approx(0.5)
     assert estimate(Plan(model="9m", device="cpu", dtype="fp32")).time is None  # not measured
+
+
+@pytest.mark.parametrize(
+    ("model", "micro_batch", "steady", "slower"),
+    [("9m", 1, 0.2, "dispatch"), ("1b", 16, 2.0, "pace"), ("1b", 16, 0.5, "pace")],
+)
+def test_a_gpu_that_waited_for_its_host_says_nothing_of_the_device(
+    model: str, micro_batch: int, steady: float, slower: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = Rates(2e14, 1e14, 1e12, 1e12, launch=2e-6, dispatch=4e-6)
+    plan = Plan(model=model, micro_batch=micro_batch, gpu=CARD)
+    own = paced(plan, rates, steady)
+    changed = [
+        name for name, value in dataclasses.asdict(rates).items() if value != getattr(own, name)
+    ]
+    assert changed == [slower]
+    names = ("matmul", "attention", "traffic", "decomposition", "launch", "dispatch", "pace")
+    efficiency = {f"{name}_bf16": float(getattr(own, name)) for name in names}
+    found = Calibration(CARD, 1, "2026-11-22", efficiency=efficiency)
+    monkeypatch.setattr(calibration, "of", lambda card: found)
+    time = estimate(plan).time
+    assert time is not None
+    assert time.steady == pytest.approx(steady)
 
 
 def test_a_probe_calibrates_the_cpu(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

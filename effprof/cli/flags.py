@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from effprof.allocator import of_environment
 from effprof.cli import completion
 from effprof.errors import UsageError
 from effprof.fields import flag
@@ -219,12 +220,17 @@ def plan_from(flags: Mapping[str, Any]) -> Plan:
 
 
 def default_device(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags with the device that is here, where none was asked for: a run cannot use another."""
-    if "device" in flags or "device" in read_table(flags.get("config"), "plan"):
-        return dict(flags)
-    import torch
+    """Flags with the device that is here, and the allocator of the environment, where none was
+    asked for: a run cannot use another.
+    """
+    found, given = dict(flags), {**read_table(flags.get("config"), "plan"), **flags}
+    if "device" not in given:
+        import torch
 
-    return {**flags, "device": "cuda" if torch.cuda.is_available() else "cpu"}
+        found["device"] = given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if given["device"] == "cuda" and "allocator" not in given:
+        found["allocator"] = of_environment()
+    return found
 
 
 def refuse(flags: Mapping[str, Any], names: tuple[str, ...], command: str) -> None:

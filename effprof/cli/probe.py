@@ -235,12 +235,12 @@ def free_memory(plan: Plan, otherwise: int | None = None) -> int:
 
         return host.available()
     from effprof.measure import nvml
-    from effprof.measure.visible import visible
+    from effprof.measure.visible import first
 
     with nvml.session() as session:
         if isinstance(session, nvml.Session):
-            seen = visible(session.devices()).devices
-            free = session.read(seen[0].uuid).free if seen else None
+            seen = first(session.devices())
+            free = session.read(seen.uuid).free if seen else None
             if free is not None:
                 return free
     if otherwise is not None:

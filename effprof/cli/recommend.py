@@ -37,7 +37,9 @@ def command(
     vary: Annotated[
         list[str] | None, option("A setting's values to try, key=a,b; may be given several times.")
     ] = None,
-    max_memory: Annotated[str | None, option("Of the process, such as 20GiB. [the card's]")] = None,
+    max_memory: Annotated[
+        str | None, option("Of the process, such as 20GiB. [what is free here]")
+    ] = None,
     margin: Annotated[float, typer.Option(help="Share of the memory that is kept free.")] = 0.05,
     max_hours: Annotated[float | None, option("Of the whole run.")] = None,
     min_tokens_per_second: Annotated[float | None, option("Of all GPUs together.")] = None,
@@ -161,50 +163,51 @@ def _card(space: Space, max_memory: str | None) -> tuple[Gpu, int]:
     values = space.values
     if values.get("device") == "cpu":
         if given is None:
-            import psutil
+            from effprof.measure import host
 
-            given = int(psutil.virtual_memory().available)
+            given = host.available()
         from effprof.plan import from_dict
 
         plan = from_dict(_possible(values) | {"device": "cpu"})
         return gpus.of(plan).calibrated(), given
     if "gpu" in values:
         return _limited(gpus.gpu(values["gpu"]).calibrated(), given)
-    found = _here()
+    found, free = _here() or (None, None)
     if found is None and given is None:
         raise NoDeviceError(
             "For which card? No GPU is here.", "Add for example --gpu rtx-4090, or --gpu mem=24GB."
         )
-    return _limited(
-        (found or gpus.Gpu("", "a card of that memory", given or 0)).calibrated(), given
-    )
+    card = found or gpus.Gpu("", "a card of that memory", given or 0)
+    return _limited(card.calibrated(), given, free)
 
 
-def _limited(card: Gpu, given: int | None) -> tuple[Gpu, int]:
-    """Raises UsageError for more memory than the card has."""
+def _limited(card: Gpu, given: int | None, free: int | None = None) -> tuple[Gpu, int]:
+    """What was given, else what is free, else all. Raises UsageError for more than the card has."""
     if given is not None and given > card.memory:
         raise UsageError(
             f"--max-memory {gib(given)} has no effect: {card.title} has {gib(card.memory)}.",
             "Leave --max-memory out.",
         )
-    return card, given or card.memory
+    return card, given or free or card.memory
 
 
-def _here() -> Gpu | None:
-    """The first visible card, as the driver sizes it."""
+def _here() -> tuple[Gpu, int | None] | None:
+    """The first visible card, as the driver sizes it, and its bytes that nobody holds now.
+
+    Raises EffprofError where it is not clear which is the first.
+    """
     from effprof import gpus
     from effprof.measure import nvml
-    from effprof.measure.visible import visible
+    from effprof.measure.visible import first
 
     with nvml.session() as session:
         if not isinstance(session, nvml.Session):
             return None
-        shown = visible(session.devices()).devices
-        if not shown or shown[0].total is None:
+        shown = first(session.devices())
+        if shown is None or shown.total is None:
             return None
-        name, total = shown[0].name, shown[0].total
-        card = gpus.recognise(name, total) or gpus.Gpu(name, name, total)
-        return card._replace(memory=total)
+        card = gpus.here(shown.name, shown.total, shown.capability)
+        return card._replace(memory=shown.total), session.read(shown.uuid).free
 
 
 def _lineage(lineage: str | None) -> str:

@@ -6,7 +6,9 @@ is not in it: input pipelines, and what ``--compile`` fuses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +56,8 @@ class Rates:
     ``matmul``, ``attention`` and ``decomposition`` in FLOP/s, ``traffic`` and ``fresh`` (first
     touch of new pages, CPU only) in bytes/s, ``launch`` in seconds per kernel on the device,
     ``dispatch`` in seconds per kernel on the host, which a GPU does not wait for. ``pace`` is a
-    whole step's seconds over those of its kernels measured alone: caches, clocks, other tenants.
+    whole step's seconds over those of its kernels measured alone: caches, clocks, other tenants;
+    on a GPU the device's.
     """
 
     matmul: float
@@ -184,13 +187,32 @@ def unknown(card: Gpu, plan: Plan) -> str:
     return f"{where} has no {' and no '.join(missing)}"
 
 
-def kernels_alone(plan: Plan, rates: Rates, card: Gpu = DEFAULT) -> float:
-    """Seconds of a plan's steady update at these rates: the sum of its kernels."""
+def paced(plan: Plan, rates: Rates, steady: float, card: Gpu = DEFAULT) -> Rates:
+    """Rates at which the kernels of a plan's steady update take the seconds that were measured.
+
+    On a GPU that waited for its host in most of them the host takes longer, else the device.
+    """
     step = work_out(plan)
     with no_collector():
         found = work(step, synthesize(step, card), card)
     on_cpu = plan.device == "cpu"
-    return sum(seconds(one, rates, on_cpu=on_cpu) for k, one in found.items() if k != "refresh")
+    parts = [sides(one, rates, on_cpu=on_cpu) for k, one in found.items() if k != "refresh"]
+    if on_cpu:
+        return dataclasses.replace(rates, pace=steady / sum(map(sum, parts)))
+    if sum(device for device, _ in parts) > sum(host for _, host in parts):
+        return dataclasses.replace(rates, pace=_pace(parts, steady))
+    pace = _pace([(host, device) for device, host in parts], steady)
+    return dataclasses.replace(rates, dispatch=pace * rates.dispatch)
+
+
+def _pace(parts: Sequence[tuple[float, float]], steady: float) -> float:
+    """What the first of each pair, the longer of which counts, is to be multiplied by."""
+    low, high = 1e-3, 1e3
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        less = sum(max(middle * own, other) for own, other in parts) < steady
+        low, high = (middle, high) if less else (low, middle)
+    return high
 
 
 def rates_of(card: Gpu, plan: Plan) -> Rates | None:
@@ -236,4 +258,4 @@ def sides(one: Work, rates: Rates, *, on_cpu: bool) -> tuple[float, float]:
     if on_cpu:
         fresh = one.fresh / rates.fresh if rates.fresh else 0.0
         return rates.pace * (device + fresh), rates.pace * host
-    return rates.pace * (device + one.kernels * rates.launch), rates.pace * host
+    return rates.pace * (device + one.kernels * rates.launch), host

@@ -7,14 +7,16 @@ from __future__ import annotations
 import resource
 from typing import Protocol
 
-import psutil
 import torch
 
 from effprof import gpus
+from effprof.measure import host
 
 
 class DeviceMeter(Protocol):
-    """``now``, ``peak`` and ``total`` are bytes; ``name`` says which meter they come from."""
+    """``now`` and ``peak`` are bytes of this process, by the meter of that ``name``; ``total`` and
+    ``free`` (now) are the device's.
+    """
 
     @property
     def name(self) -> str: ...
@@ -22,6 +24,7 @@ class DeviceMeter(Protocol):
     def now(self) -> int: ...
     def peak(self) -> int: ...
     def total(self) -> int: ...
+    def free(self) -> int: ...
     def mfu(self, flops_per_second: float, /) -> float | None: ...
 
 
@@ -35,17 +38,20 @@ class CpuMeter:
 
     def begin(self) -> None:
         """What is resident now, libraries and data, is not the run's."""
-        self._base = int(psutil.Process().memory_info().rss)
+        self._base = host.rss()
 
     def now(self) -> int:
-        return max(int(psutil.Process().memory_info().rss) - self._base, 0)
+        return max(host.rss() - self._base, 0)
 
     def peak(self) -> int:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return int(max(peak - self._base, self.now()))
 
     def total(self) -> int:
-        return int(psutil.virtual_memory().total)
+        return host.total()
+
+    def free(self) -> int:
+        return host.available()
 
     def mfu(self, flops_per_second: float) -> float | None:
         return None
@@ -72,6 +78,9 @@ class CudaMeter:
 
     def total(self) -> int:
         return int(torch.cuda.mem_get_info(self.device)[1])
+
+    def free(self) -> int:
+        return int(torch.cuda.mem_get_info(self.device)[0])
 
     def mfu(self, flops_per_second: float) -> float | None:
         """Dense-equivalent model FLOPs over the card's dense bf16 peak."""

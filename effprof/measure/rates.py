@@ -1,6 +1,8 @@
-"""What a device reaches in each class of kernel, measured alone: a second or two.
+"""What a device reaches in each class of kernel, measured alone: a few seconds.
 
-These are the constants of ``estimator/time.py``; a probe keeps them beside its step time.
+These are the constants of ``estimator/time.py``; a probe keeps them beside its step time, for every
+plan on that device. A CPU is measured at the plan's own shapes. A GPU is not: small kernels would
+measure how fast the host launches them, and tensors in its cache not its memory.
 """
 
 from __future__ import annotations
@@ -21,17 +23,24 @@ _MIB = 2**20
 _ROUNDS = 5
 _LEAST = 0.02  # seconds that one round should take
 _SVD_SIDE = 512
+# On a GPU: a product of a millisecond, 64 MiB and more per bf16 tensor, an SVD as 1b and 7b have.
+_WIDTH, _TOKENS, _GPU_SVD_SIDE = 4096, 8192, 2048
+_SCORES = 2**26  # of attention, on a GPU: more than any card works on at once
+_QUEUED = 500  # kernels, which fit the launch queue: the host does not wait for the device
 
 
 def measured(plan: Plan, device: torch.device) -> dict[str, float]:
     """Rates in FLOP/s, bytes/s and seconds, at shapes of this plan."""
     clock = _Clock(device)
     dtype = DTYPES[plan.compute_dtype]
+    shape, large = plan.architecture, device.type == "cuda"
+    hidden, wide = (_WIDTH, _WIDTH) if large else (shape.hidden, shape.intermediate)
+    tokens = _TOKENS if large else plan.positions
     found = {
-        "matmul": _matmul(plan, dtype, clock),
+        "matmul": _matmul(hidden, wide, min(tokens, 8192), dtype, clock),
         "attention": _attention(plan, dtype, clock),
-        "traffic": _traffic(plan, dtype, clock),
-        "decomposition": _decomposition(clock),
+        "traffic": _traffic(hidden, wide, tokens if large else min(tokens, 4096), dtype, clock),
+        "decomposition": _decomposition(_GPU_SVD_SIDE if large else _SVD_SIDE, clock),
     }
     host, busy = _per_kernel(clock)
     found |= {"dispatch": host, "launch": busy}
@@ -65,13 +74,12 @@ class _Clock:
         return time.perf_counter() - began
 
 
-def _matmul(plan: Plan, dtype: torch.dtype, clock: _Clock) -> float:
+def _matmul(hidden: int, wide: int, tokens: int, dtype: torch.dtype, clock: _Clock) -> float:
     """Of the MLP's widest product and attention's square one, forward and both gradients."""
-    shape, tokens = plan.architecture, min(plan.positions, 8192)
     flops = seconds = 0.0
-    for rows in (shape.intermediate, shape.hidden):
-        x = torch.randn(tokens, shape.hidden, device=clock.device).to(dtype)
-        weight = torch.randn(rows, shape.hidden, device=clock.device).to(dtype)
+    for rows in dict.fromkeys((wide, hidden)):
+        x = torch.randn(tokens, hidden, device=clock.device).to(dtype)
+        weight = torch.randn(rows, hidden, device=clock.device).to(dtype)
         grad = torch.randn(tokens, rows, device=clock.device).to(dtype)
 
         def products(x: Tensor = x, weight: Tensor = weight, grad: Tensor = grad) -> None:
@@ -79,15 +87,18 @@ def _matmul(plan: Plan, dtype: torch.dtype, clock: _Clock) -> float:
             torch.mm(grad, weight)
             torch.mm(grad.t(), x)
 
-        flops += 6.0 * tokens * rows * shape.hidden
+        flops += 6.0 * tokens * rows * hidden
         seconds += clock.seconds(products)
     return flops / seconds
 
 
 def _attention(plan: Plan, dtype: torch.dtype, clock: _Clock) -> float:
     """A causal forward and backward; FLOPs of half the square, 3.5 times the forward's."""
-    shape = plan.architecture
-    size = (min(plan.micro_batch, 16), shape.heads, plan.seq_len, shape.head_dim)
+    shape, rows = plan.architecture, min(plan.micro_batch, 16)
+    heads = shape.heads
+    if clock.device.type == "cuda":
+        rows = max(rows, _SCORES // (heads * plan.seq_len**2))
+    size = (rows, heads, plan.seq_len, shape.head_dim)
     query, key, value = (
         torch.randn(size, device=clock.device).to(dtype).requires_grad_() for _ in range(3)
     )
@@ -101,29 +112,28 @@ def _attention(plan: Plan, dtype: torch.dtype, clock: _Clock) -> float:
     return flops / clock.seconds(both)
 
 
-def _traffic(plan: Plan, dtype: torch.dtype, clock: _Clock) -> float:
+def _traffic(width: int, wide: int, tokens: int, dtype: torch.dtype, clock: _Clock) -> float:
     """The elementwise kernels of a decoder layer, forward and backward: RMSNorm, the gated
     activation, a residual; bytes as ``estimator/work.py`` counts them, by what they allocate.
     """
-    shape, tokens = plan.architecture, min(plan.positions, 4096)
-    hidden = torch.randn(tokens, shape.hidden, device=clock.device).to(dtype).requires_grad_()
+    hidden = torch.randn(tokens, width, device=clock.device).to(dtype).requires_grad_()
     gate, up = (
-        torch.randn(tokens, shape.intermediate, device=clock.device).to(dtype).requires_grad_()
-        for _ in range(2)
+        torch.randn(tokens, wide, device=clock.device).to(dtype).requires_grad_() for _ in range(2)
     )
-    weight = torch.ones(shape.hidden, dtype=dtype, device=clock.device, requires_grad=True)
+    weight = torch.ones(width, dtype=dtype, device=clock.device, requires_grad=True)
     grads = torch.randn_like(hidden), torch.randn_like(gate)
 
     def layer() -> None:
-        wide = hidden.float()
-        normed = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(dtype)
+        raised = hidden.float()
+        scale = torch.rsqrt(raised.pow(2).mean(-1, keepdim=True) + 1e-6)
+        normed = weight * (raised * scale).to(dtype)
         gated = silu(gate) * up
         torch.autograd.grad((normed + hidden, gated), (hidden, gate, up, weight), grads)
 
     item = dtype.itemsize
     # Allocated per number of the hidden state: 3 fp32 and 3 of dtype forward, 6 and 3 backward;
     # per number of the activation: 2 forward, 3 backward.
-    allocated = tokens * shape.hidden * (9 * 4 + 6 * item) + tokens * shape.intermediate * 5 * item
+    allocated = tokens * width * (9 * 4 + 6 * item) + tokens * wide * 5 * item
     return TRAFFIC * allocated / clock.seconds(layer)
 
 
@@ -137,21 +147,29 @@ def _fresh(clock: _Clock) -> float:
 
 
 def _per_kernel(clock: _Clock) -> tuple[float, float]:
-    """Seconds per kernel: of the host, and of a device that runs a long queue of tiny ones."""
+    """Seconds per kernel: of the host, and of a device that runs a queue of tiny ones that had to
+    wait: else it would wait for the host.
+    """
     one = torch.ones(8, device=clock.device)
     busy = clock.seconds(lambda: one + one)
     if clock.device.type == "cpu":
         return busy, 0.0
+    square = torch.randn(_WIDTH, _WIDTH, device=clock.device)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
     clock.synchronise()
+    for _ in range(4):  # 0.1 s and less, while all the others are queued
+        torch.mm(square, square)
+    marks[0].record()
     began = time.perf_counter()
-    for _ in range(500):  # fits the launch queue: the host does not wait
+    for _ in range(_QUEUED):
         _ = one + one
-    host = (time.perf_counter() - began) / 500
+    host = (time.perf_counter() - began) / _QUEUED
+    marks[1].record()
     clock.synchronise()
-    return host, min(busy, host)
+    return host, float(marks[0].elapsed_time(marks[1])) / 1e3 / _QUEUED
 
 
-def _decomposition(clock: _Clock) -> float:
-    matrix = torch.randn(_SVD_SIDE, _SVD_SIDE, device=clock.device)
-    flops = 22.0 * _SVD_SIDE**3  # 14 q p^2 + 8 p^3, as methods/_projection.py counts it
+def _decomposition(side: int, clock: _Clock) -> float:
+    matrix = torch.randn(side, side, device=clock.device)
+    flops = 22.0 * side**3  # 14 q p^2 + 8 p^3, as methods/_projection.py counts it
     return flops / clock.seconds(lambda: torch.linalg.svd(matrix, full_matrices=False))

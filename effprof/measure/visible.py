@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from effprof.errors import EffprofError
 from effprof.measure.nvml import Device
 
 
@@ -50,6 +51,22 @@ def visible(devices: Sequence[Device], environment: Mapping[str, str] | None = N
     return Visible(tuple(found), order if by_index else "")
 
 
+def first(devices: Sequence[Device]) -> Device | None:
+    """The device that CUDA calls 0, None where a process sees none.
+
+    Raises EffprofError where the GPUs differ and the driver counts them in another order.
+    """
+    seen = visible(devices)
+    if seen.note == _ORDER and len(seen.devices) > 1:
+        raise EffprofError(
+            "Which GPU is meant? They differ, and CUDA counts the fastest first, the driver by "
+            "their place.",
+            "Set CUDA_VISIBLE_DEVICES to the UUID of one (`nvidia-smi -L`), or "
+            "CUDA_DEVICE_ORDER=PCI_BUS_ID.",
+        )
+    return next(iter(seen.devices), None)
+
+
 def _entry(entry: str, devices: Sequence[Device]) -> tuple[Device | None, str]:
     whole = [one for one in devices if one.parent is None]
     if entry.isdecimal():
@@ -81,7 +98,10 @@ def _order_note(whole: Sequence[Device], given: Mapping[str, str]) -> str:
     differ = len({one.name for one in whole}) > 1
     if not differ or given.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
         return ""
-    return "the GPUs differ and CUDA counts the fastest first: set CUDA_DEVICE_ORDER=PCI_BUS_ID"
+    return _ORDER
+
+
+_ORDER = "the GPUs differ and CUDA counts the fastest first: set CUDA_DEVICE_ORDER=PCI_BUS_ID"
 
 
 def device_of(uuid: str, devices: Sequence[Device]) -> Device | None:

@@ -164,9 +164,9 @@ class CudaPlace:
 
     def card(self) -> Gpu:
         """The catalog's, else one of its capability."""
-        name, found = torch.cuda.get_device_name(self._device), self._recognised()
         major, minor = torch.cuda.get_device_capability(self._device)
-        return found or Gpu(name, name, 0, major + minor / 10)
+        name = torch.cuda.get_device_name(self._device)
+        return gpus.here(name, self._total(), major + minor / 10)
 
     def workspace(self) -> int | None:
         """Bytes one cuBLAS handle asks of the caching allocator, by asking anew; None where the

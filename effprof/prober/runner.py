@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import os
 import platform
 import statistics
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from effprof.estimator.time import Rates, kernels_alone
+from effprof.estimator.time import Rates, paced
 from effprof.measure import rates
 from effprof.measure.recorder import Recorder, pointers
 from effprof.measure.sampler import INTERVAL
@@ -28,11 +29,18 @@ from effprof.prober.place import Place, place
 from effprof.prober.records import SCHEMA, enough
 from effprof.trainer.build import build, resolve_device
 from effprof.trainer.optimizer import MethodOptimizer
-from effprof.trainer.synthetic import gradients, one_update, resident, state_tensors
+from effprof.trainer.synthetic import (
+    gradients,
+    one_update,
+    random_batch,
+    resident,
+    state_tensors,
+)
 from effprof.units import duration
 
 STEADY_UPDATES = 2  # beside a first one and each periodic one
 _APART = 4.0  # beyond that the machine was busy with something else, or the rates are wrong
+_SLOWER = 2.0  # a model's Python per kernel over that of one addition
 Emit = Callable[..., None]
 
 
@@ -166,12 +174,17 @@ class Runner:
         seconds, steps = float(self.task["seconds"]), self.task.get("steps")
         _say(f"timing {steps or f'up to {seconds:.0f} s of'} steady updates")
         times: list[float] = []
+        # A run's are made in a thread of their own, while the device works.
+        batches = [random_batch(self.plan, self.device) for _ in range(self.plan.grad_accum)]
+        one = functools.partial(
+            one_update, model, optimizer, self.plan, self.device, batches=batches
+        )
         optimizer.seek(1)
         began = time.perf_counter()
         with Window(self.device, where.source, where.pid(), self._interval) as window:
             while not enough(times, time.perf_counter() - began, seconds, steps):
                 start = time.perf_counter()
-                one_update(model, optimizer, self.plan, self.device)
+                one()
                 where.synchronise()
                 times.append(time.perf_counter() - start)
                 self.emit("step", seconds=times[-1])
@@ -181,7 +194,7 @@ class Runner:
         ):
             optimizer.seek(due)
             start = time.perf_counter()
-            one_update(model, optimizer, self.plan, self.device)
+            one()
             where.synchronise()
             self.emit("periodic", number=due, seconds=time.perf_counter() - start)
         return statistics.median(times)
@@ -195,13 +208,15 @@ class Runner:
         _say("measuring rates")
         try:
             found: dict[str, Any] = rates.measured(self.plan, self.device)
-            pace = steady / kernels_alone(self.plan, Rates(**found), where.card())
-            if not 1 / _APART < pace < _APART:
-                raise RuntimeError(f"a step takes {pace:.2f} times its kernels measured alone")
+            own = paced(self.plan, Rates(**found), steady, where.card())
+            for pace in (own.pace, own.dispatch / found["dispatch"] / _SLOWER):
+                if not 1 / _APART < pace < _APART:
+                    raise RuntimeError(f"a step takes {pace:.2f} times its kernels measured alone")
         except Exception as problem:  # noqa: BLE001 - the probe itself is whole without them
             self.emit("no rates", why=f"{type(problem).__name__}: {problem}")
             return
-        self.emit("rates", dtype=self.plan.compute_dtype, pace=pace, **found)
+        found |= {"dispatch": own.dispatch, "pace": own.pace}
+        self.emit("rates", dtype=self.plan.compute_dtype, **found)
 
     def _after(self, error: Exception, where: Place) -> None:
         """What the device and its allocator held when it happened; whether the GPU is lost."""

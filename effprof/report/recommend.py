@@ -38,9 +38,10 @@ def show_recommendation(found: Recommendation) -> None:
         _show_pareto(found, best)
         if change(found):
             out.print(change(found))
+    memory = round(found.limits.memory / (1 - found.limits.margin))
     out.print(
-        f"{found.plans:,} plans searched in {found.seconds:.1f} s; {100 * found.limits.margin:g} % "
-        f"of the memory is kept free (--margin).",
+        f"{found.plans:,} plans searched in {found.seconds:.1f} s; of {gib(memory, 1)} "
+        f"{100 * found.limits.margin:g} % are kept free (--margin).",
         style="dim",
     )
     reasons = dict[str, list[str]]()

@@ -226,18 +226,13 @@ def _kernel(plan: Plan, card: Gpu) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _quiet(plan: Plan) -> Iterator[None]:
-    """transformers told what a real run would find out, and 8-bit states taken as on the GPU."""
-    from transformers import masking_utils
-
-    found, softmax = masking_utils.find_packed_sequence_indices, nn.functional.softmax
+    """What fake tensors cannot tell is told, and 8-bit states are taken as on the GPU."""
+    softmax = nn.functional.softmax
     random_states = torch.get_rng_state, torch.set_rng_state
-    plain = plan.rows != "packed-isolated" and plan.attention_mask == "none"
     if plan.state_dtype == "8bit":
         for name in ("exp_avg", "exp_avg_sq"):
             blockwise.code(name, torch.device("cpu"))
     try:
-        if plain:  # fake positions cannot say that rows are whole; a real run's do
-            masking_utils.find_packed_sequence_indices = lambda *_, **__: None
         if plan.device == "cpu":  # a checkpoint keeps the generator's state, which is no fake
             torch.get_rng_state = lambda: torch.empty(CPU_RNG_STATE, dtype=torch.uint8)
             torch.set_rng_state = lambda new_state: None
@@ -246,7 +241,6 @@ def _quiet(plan: Plan) -> Iterator[None]:
         with blockwise.as_on_gpu() if plan.device == "cuda" else contextlib.nullcontext():
             yield
     finally:
-        masking_utils.find_packed_sequence_indices = found
         nn.functional.softmax = softmax
         torch.get_rng_state, torch.set_rng_state = random_states
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from effprof.allocator import configuration
+from effprof.allocator import configuration, of_environment
 from effprof.errors import NoDeviceError, UsageError, said
 from effprof.plan import Plan
 from effprof.step import Step, Unit, layer_of, work_out
@@ -52,15 +52,22 @@ def build(
     return model, optimizer
 
 
-def resolve_device(name: str, allocator: str = "default") -> torch.device:
-    """The torch device of a name, its allocator set up. Raises NoDeviceError."""
+def resolve_device(name: str, allocator: str | None = None) -> torch.device:
+    """The torch device of a name; with an ``allocator`` that is set up. Raises NoDeviceError, and
+    UsageError where the environment sets up another.
+    """
     if name.startswith("cuda"):
         if not torch.cuda.is_available():
             raise NoDeviceError(
                 "No CUDA GPU is available here.", "Add --device cpu to run on the CPU."
             )
-        if allocator != "default":
-            torch.cuda.memory._set_allocator_settings(configuration(allocator))
+        if allocator == "default" and (theirs := of_environment()) != allocator:
+            raise UsageError(
+                f"The environment sets the allocator to {theirs}, the plan has the default.",
+                f"Add --allocator {theirs}, or unset PYTORCH_CUDA_ALLOC_CONF.",
+            )
+        if allocator not in (None, "default"):
+            torch._C._accelerator_setAllocatorSettings(configuration(allocator))
     return torch.device(name)
 
 

@@ -5,6 +5,7 @@ One process writes whole tensors; under FSDP each writes its shards (effprof.tra
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from effprof.errors import EffprofError
 from effprof.files import cannot_write, digest
+from effprof.measure import host
 from effprof.trainer.optimizer import MethodOptimizer
 
 if TYPE_CHECKING:
@@ -95,10 +97,18 @@ def _copied(tensor: Tensor, before: Tensor | None, mesh: DeviceMesh | None) -> T
         shard = None if before is None else before.to_local()  # type: ignore[attr-defined]
         return resembling(tensor, _copied(tensor.to_local(), shard, None), mesh)
     if before is None or before.shape != tensor.shape or before.dtype != tensor.dtype:
-        before = torch.empty(
-            tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda
-        )
+        before = host_buffer(tensor)
     return before.copy_(tensor, non_blocking=tensor.is_cuda)
+
+
+def host_buffer(tensor: Tensor) -> Tensor:
+    """Host memory for a tensor: of a GPU's page-locked, where there is room for that, so that the
+    copy runs beside the training. torch takes a power of two for each and gives none back.
+    """
+    if tensor.is_cuda and 4 * tensor.nbytes < host.available():
+        with contextlib.suppress(RuntimeError):  # the driver has a limit of its own
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
 def _random_states(model: nn.Module) -> dict[str, Tensor]:

@@ -73,7 +73,7 @@ class Loop:
         self.live = LiveLine(run.steps, start, session.expected.total)
         self.ledger = Ledger(session, self.live)
         self.ledger.log.cut(start)
-        self.saver = Saver(run.out, run.keep, sharded=run.plan.parallel == "fsdp")
+        self.saver = Saver(run.out, run.keep, session.device, sharded=run.plan.parallel == "fsdp")
         self.began = time.monotonic()
         self.resumed_at = start if resumed else None
         self.saved_at = self.resumed_at

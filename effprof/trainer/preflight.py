@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import psutil
 import torch
 
 from effprof import gpus
 from effprof.errors import DoesNotFitError, EffprofError
 from effprof.estimator.estimate import Estimate, estimate
 from effprof.estimator.memory import evaluation
+from effprof.measure import host
 from effprof.measure.device import DeviceMeter, meter
 from effprof.step import Step, work_out
 from effprof.trainer import launch
@@ -66,6 +66,12 @@ class Ready:
         return max(max(self.expected.total, self.evaluation) + self.copy, self.initial)
 
     @property
+    def device_free(self) -> int:
+        """What of that the device has: on a GPU its context is there already, and counted."""
+        card = self.expected.card or gpus.of(self.run.plan)
+        return self.machine.free() + (card.context if self.device.type == "cuda" else 0)
+
+    @property
     def initial(self) -> int:
         """What the host holds while a pretrained model is copied: both, and fp32 copies."""
         if not self.run.init_from:
@@ -88,18 +94,18 @@ class Ready:
 
     def check(self) -> None:
         """Raise DoesNotFitError for the memory, EffprofError for the disk."""
-        total = self.machine.total()
-        if self.device_needed > total:
+        free = self.device_free
+        if self.device_needed > free:
             raise DoesNotFitError(
-                f"The run needs {self.device_needed:,} bytes by the estimate, the device has "
-                f"{total:,}.",
+                f"The run needs {self.device_needed:,} bytes by the estimate, of the device's "
+                f"{self.machine.total():,} there are {free:,} free.",
                 "Use a smaller --micro-batch or --checkpointing full, or --force to try anyway.",
             )
-        host = psutil.virtual_memory().total
-        if self.device.type == "cuda" and self.copies > host:
+        left = host.available()
+        if self.device.type == "cuda" and self.copies > left:
             raise DoesNotFitError(
                 f"A checkpoint's copy needs {self.copies:,} bytes of host memory, there are "
-                f"{host:,}.",
+                f"{left:,} free.",
                 "Use --state-dtype 8bit, or --force to try anyway.",
             )
         if self.disk_free < self.disk_needed:
@@ -130,8 +136,8 @@ def _ready(run: Run) -> Ready:
     device = resolve_device(run.plan.device, run.plan.allocator)
     card = None
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        card = gpus.recognise(properties.name, properties.total_memory)
+        own = torch.cuda.get_device_properties(device)
+        card = gpus.here(own.name, own.total_memory, own.major + own.minor / 10)
     return Ready(run, device, estimate(run.plan, card=card), meter(device))
 
 
@@ -162,6 +168,7 @@ def dry_run(run: Run, *, resume: bool, force: bool) -> dict[str, Any]:
             "checkpoint_copy": ready.copy,
             "needed": ready.device_needed,
             "device": ready.machine.total(),
+            "free": ready.device_free,
         },
         "disk": {"needed": ready.disk_needed, "free": ready.disk_free},
         "estimate": expected.as_dict(),

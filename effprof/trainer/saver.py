@@ -5,12 +5,14 @@ Under FSDP that is so on every process, and the threads talk in a group of their
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -28,12 +30,18 @@ class Saver:
     for a write that failed. ``seconds`` is the longest that one took.
     """
 
-    def __init__(self, run: Path, keep: Keep, *, sharded: bool = False) -> None:
+    def __init__(
+        self, run: Path, keep: Keep, device: torch.device, *, sharded: bool = False
+    ) -> None:
         self.run, self.keep = run, keep
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if sharded else None
         self._mesh = DeviceMesh.from_group(self._group, "cpu") if self._group else None
         self.seconds = 0.0
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        # CUDA's current device is a thread's own: the first one's, unless it is set.
+        begin = None
+        if device.type == "cuda":
+            begin = functools.partial(torch.cuda.set_device, torch.cuda.current_device())
+        self._thread = ThreadPoolExecutor(1, "checkpoint", begin)
         self._writing: Future[None] | None = None
         self._buffers = Snapshot()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -156,7 +156,7 @@ def forward(model: nn.Module, batch: Batch, plan: Plan) -> Any:
     """
     kind = batch.ids.device.type
     amp = torch.autocast(kind, dtype=DTYPES[plan.compute_dtype], enabled=plan.autocast)
-    with amp, _attention(plan):
+    with amp, _attention(plan), _whole_rows(plan):
         if plan.loss == "chunked":
             return chunked_loss(model, batch, plan)
         return model(
@@ -174,6 +174,22 @@ def _attention(plan: Plan) -> contextlib.AbstractContextManager[None]:
     if plan.attention != "math":
         return contextlib.nullcontext()
     return cast(contextlib.AbstractContextManager[None], sdpa_kernel(SDPBackend.MATH))
+
+
+@contextlib.contextmanager
+def _whole_rows(plan: Plan) -> Iterator[None]:
+    """transformers looks whether positions begin anew within a row, and waits for the GPU to see:
+    it is told, where the plan knows.
+    """
+    from transformers import masking_utils
+
+    found = masking_utils.find_packed_sequence_indices
+    if plan.rows != "packed-isolated" and plan.attention_mask == "none":
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = found
 
 
 def forward_loss(model: nn.Module, batch: Batch, plan: Plan) -> Tensor:

@@ -5,7 +5,7 @@ Memory and time do not read the tokens: probes, traces, tests and benchmarks use
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,9 +29,10 @@ def one_update(
     device: torch.device,
     on_phase: Callable[[str], None] = lambda phase: None,
     engine: Engine | None = None,
+    batches: Sequence[Batch] | None = None,
 ) -> None:
-    """One optimizer update on random rows."""
-    batches = [random_batch(plan, device) for _ in range(plan.grad_accum)]
+    """One optimizer update, on random rows unless some are given."""
+    batches = batches or [random_batch(plan, device) for _ in range(plan.grad_accum)]
     training_step(model, optimizer, batches, plan, on_phase=on_phase, engine=engine)
 
 
