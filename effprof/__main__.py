@@ -12,8 +12,10 @@ def main() -> None:
     Errors a user can cause end in one sentence, a hint and their exit code.
     """
     gc.disable()  # imports make no garbage; collecting while they run is a tenth of a short command
-    from effprof.cli import run
-
+    try:
+        from effprof.cli import run
+    except KeyboardInterrupt:
+        sys.exit(130)
     if sys.argv[1:2] != ["estimate"]:  # which imports more, and ends before it mattered
         gc.enable()
     code = run(sys.argv[1:])

@@ -38,6 +38,17 @@ class NoDeviceError(EffprofError):
     exit_code = 4
 
 
+class StoppedError(EffprofError):
+    """A run was stopped, or its time was up, before its first update."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(
+            "Stopped while its text was prepared: nothing has been trained.",
+            "The same command begins again.",
+        )
+        self.exit_code = code
+
+
 def said(problem: BaseException) -> str:
     """The kind of an exception, and the first line of what it says."""
     lines = str(problem).splitlines() or [""]

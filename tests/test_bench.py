@@ -21,10 +21,11 @@ from helpers import check_document, run_cli
 from effprof.bench.against import beside, curves
 from effprof.bench.cost import costs
 from effprof.bench.results import Line, remarks, summarize
-from effprof.bench.spec import Arm, Spec, data_digest, parse, read
+from effprof.bench.spec import Arm, Spec, parse, read
 from effprof.bench.study import Claim, Study
 from effprof.errors import UsageError
 from effprof.plan import Plan
+from effprof.trainer.corpus import corpus
 
 ROOT = Path(__file__).parents[1]
 
@@ -213,10 +214,10 @@ def test_the_digest_is_of_the_text_and_not_of_its_dates(texts: Path, tmp_path: P
     import shutil
 
     copy = Path(shutil.copytree(texts, tmp_path / "elsewhere"))
-    assert data_digest(str(copy)) == data_digest(str(texts))
+    assert corpus(str(copy)).digest() == corpus(str(texts)).digest()
     one = next(iter(sorted(copy.iterdir())))
     one.write_text(one.read_text()[::-1])
-    assert data_digest(str(copy)) != data_digest(str(texts))
+    assert corpus(str(copy)).digest() != corpus(str(texts)).digest()
 
 
 @pytest.mark.parametrize(

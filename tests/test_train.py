@@ -380,6 +380,7 @@ def test_killed_before_its_first_checkpoint_it_starts_again(
     whole = losses(out)
     for path in out.glob("checkpoint-*"):
         shutil.rmtree(path)
+    (out / "summary.json").unlink()
     assert train(out, tiny, texts, "--steps", "4", "--resume")[0] == 0
     assert losses(out) == whole
 
@@ -420,6 +421,7 @@ def test_another_tokenizer_survives_a_resume(tiny: str, texts: Path, tmp_path: P
     whole = losses(tmp_path / "run")
     for path in (tmp_path / "run").glob("checkpoint-*"):
         shutil.rmtree(path)
+    (tmp_path / "run" / "summary.json").unlink()
     assert train(tmp_path / "run", tiny, texts, *more, "--resume")[0] == 0
     assert losses(tmp_path / "run") == whole
     exported = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -12,17 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from effprof.errors import EffprofError, UsageError, unknown
+from effprof.errors import UsageError, unknown
 from effprof.plan import Plan, from_dict
 from effprof.recommender.compare import ranks_of_method
-from effprof.trainer.corpus import FileCorpus, corpus
+from effprof.trainer.corpus import corpus
 from effprof.trainer.run import default_lr, make
 
 SEARCHES = ("grid", "optuna")
 _TABLES = ("bench", "plan", "train", "settings", "arm")
 _BENCH = ("title", "models", "methods", "ranks", "seeds", "search", "trials", "lr", "lr_factors")
 _ARM = ("label", "model", "method", "update", "rank", "settings", "update_settings", "lr")
-_DIGESTED = 2 * 2**30  # bytes of text: beyond that a corpus is known by its files' names and sizes
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Spec:
         """What must be the same when a study goes on, by a name that an error can tell."""
         found: dict[str, Any] = {"search": self.search, "trials": self.trials, "seeds": self.seeds}
         found |= {f"train.{key}": value for key, value in self.train.items() if key not in _FREE}
-        found["data (digest)"] = data_digest(self.train.get("data"))
+        found["data (digest)"] = corpus(self.train.get("data")).digest()
         for arm in self.arms:
             plan = {k: v for k, v in arm.plan.as_dict().items() if k not in ("model", "device")}
             shape = {"architecture": dict(arm.plan.architecture.config)}
@@ -262,25 +260,3 @@ def _here(value: str, base: Path) -> str:
     """A path beside the spec, where there is one of that name; else the value as it is."""
     beside = base / value
     return str(beside.resolve()) if beside.exists() else value
-
-
-def data_digest(data: str | None) -> str:
-    """What a corpus holds, wherever its files lie: trials of one study must have read the same.
-
-    A dataset by name is its name. Raises EffprofError for a file that cannot be read.
-    """
-    texts = corpus(data)
-    if not isinstance(texts, FileCorpus):
-        return texts.fingerprint()
-    sizes = [path.stat().st_size for path in texts.files]
-    digest = hashlib.sha256()
-    try:
-        for path, size in zip(texts.files, sizes, strict=True):
-            digest.update(f"{path.name}\0{size}\0".encode())
-            if sum(sizes) <= _DIGESTED:
-                digest.update(path.read_bytes())
-    except OSError as problem:
-        raise EffprofError(
-            f"Cannot read {str(path)!r}: {problem.strerror}.", "See --data."
-        ) from None
-    return digest.hexdigest()[:16]

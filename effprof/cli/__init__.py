@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Iterable
@@ -76,8 +77,11 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     first = arguments[0] if arguments else ""
-    app = build([first] if first in COMMANDS else COMMANDS)
     try:
+        app = build([first] if first in COMMANDS else COMMANDS)
+        for stream in (sys.stdout, sys.stderr):  # of an encoding that lacks a sign or two
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
         if sys.stdout is None:  # `effprof … >&-`
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
         result = app(arguments, standalone_mode=False, prog_name="effprof")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -13,7 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from effprof.cli.flags import default_device, plan_from, read_table, refuse, with_plan_flags
-from effprof.errors import UsageError
+from effprof.errors import EffprofError, UsageError
+from effprof.files import cannot_write
+from effprof.model import admit, architecture, presets
+from effprof.plan import from_dict
 from effprof.units import parse_duration
 
 if TYPE_CHECKING:
@@ -134,7 +138,7 @@ def command(
         "log_norms": log_norms,
         "log": log,
     }
-    base = read_table(flags.get("config"), "train")
+    base = _own(read_table(flags.get("config"), "train"), flags, init_from)
     if "tokens" in flags or steps is not None:  # of the file's length nothing is left
         base = {key: value for key, value in base.items() if key not in ("steps", "warmup")}
         flags = {"tokens": None, **flags} if "config" in flags else flags
@@ -150,15 +154,14 @@ def command(
         raise UsageError(
             "A run that torchrun may start again needs its folder's name.", "Add --out runs/name."
         )
+    begun = resume and out is not None and _begun(out, flags)
     plan = plan_from(default_device(launch.with_gpus(flags)))
-    folder = (
-        out
-        or Path("runs") / f"{plan.architecture.name}-{plan.method}-{time.strftime('%Y%m%d-%H%M%S')}"
-    )
+    moment = time.strftime("%Y%m%d-%H%M%S")
+    folder = out or Path("runs") / f"{plan.architecture.name}-{plan.method}-{moment}"
 
     from effprof.trainer.run import make
 
-    run = make(plan, folder, given)
+    run = make(plan, folder, given, begun=begun)
 
     if dry_run:
         from effprof.trainer.preflight import dry_run as check
@@ -174,6 +177,8 @@ def command(
 
     from effprof.trainer.loop import train
 
+    if out is None:
+        folder = _new(folder)
     if plan.gpus > 1 and not launch.started():
         return launch.launch([*sys.argv[1:], *([] if out else ["--out", str(folder)])], plan)
     with launch.joined(plan) as world:
@@ -182,6 +187,47 @@ def command(
         if world.writes:
             _show(outcome, as_json=as_json)
     return outcome.exit_code
+
+
+def _own(base: dict[str, Any], flags: Mapping[str, Any], init_from: str | None) -> dict[str, Any]:
+    """A file's values without those that followed from what flags replace: the learning rate
+    published for its method and size, the tokenizer of the model it began with.
+    """
+    gone = {"tokenizer"} if init_from and base.get("tokenizer") == base.get("init_from") else set()
+    if "lr" in base and {"model", "method", "update"} & flags.keys():
+        from effprof.trainer.run import default_lr
+
+        with contextlib.suppress(UsageError):  # a file may hold half a plan
+            before = from_dict(read_table(flags.get("config"), "plan"))
+            gone |= {"lr"} if base["lr"] == default_lr(before) else set()
+    return {key: value for key, value in base.items() if key not in gone}
+
+
+def _begun(out: Path, flags: Mapping[str, Any]) -> bool:
+    """Whether a folder holds a run's model: where the file that it was made from is gone, that
+    stands for it.
+    """
+    kept = out / "config.json"
+    if not kept.is_file():
+        return False
+    model = flags.get("model") or read_table(flags.get("config"), "plan").get("model")
+    if isinstance(model, str) and model not in presets() and not Path(model).exists():
+        admit(model, dataclasses.replace(architecture(str(kept)), name=Path(model).stem))
+    return True
+
+
+def _new(folder: Path) -> Path:
+    """A folder of that name that nobody else has. Raises EffprofError."""
+    for number in range(1, 1000):
+        one = folder.with_name(folder.name + (f"-{number}" if number > 1 else ""))
+        try:
+            one.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as problem:
+            raise cannot_write(one, problem) from None
+        return one
+    raise EffprofError(f"{str(folder)!r} and its like are taken.", "Give an --out.")
 
 
 def _show(outcome: Outcome, *, as_json: bool) -> None:

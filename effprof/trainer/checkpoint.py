@@ -181,7 +181,7 @@ def set_aside(run: Path, step: int) -> None:
     Raises EffprofError.
     """
     for path in _found(run):
-        if path.name > place(run, step).name:
+        if _step_of(path) > step:
             aside = run / f"{ASIDE}{path.name}"
             try:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -198,7 +198,7 @@ def place(run: Path, step: int) -> Path:
 def last_step(run: Path) -> int | None:
     """The step of the newest checkpoint there is."""
     found = _found(run)
-    return int(found[0].name.removeprefix(PREFIX)) if found else None
+    return _step_of(found[0]) if found else None
 
 
 def _surplus(run: Path, keep: Keep) -> list[Path]:
@@ -309,8 +309,13 @@ def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _found(run: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
-    return sorted((p for p in run.glob(f"{PREFIX}*") if p.is_dir()), reverse=True)
+    """Checkpoint folders, newest first; what else a user keeps beside them is not ours."""
+    ours = (p for p in run.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal())
+    return sorted((p for p in ours if p.is_dir()), key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix(PREFIX))
 
 
 def _checked(path: Path) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import gzip
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from effprof.errors import EffprofError, UsageError
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
 VALIDATION_SHARE = 50  # one document in fifty
+_DIGESTED = 2 * 2**30  # bytes
 PIECE = 2**16  # characters: a long text file is several documents
 _SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"}
 
@@ -33,6 +34,25 @@ class FileCorpus:
         """Changes when a file is added, removed or written."""
         rows = [(str(f), s.st_size, s.st_mtime_ns) for f in self.files for s in [f.stat()]]
         return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+
+    def digest(self) -> str:
+        """What the files hold, wherever they lie and whenever they were copied there: beyond 2 GiB
+        their names and sizes.
+
+        Raises EffprofError for a file that cannot be read.
+        """
+        sizes = [path.stat().st_size for path in self.files]
+        found = hashlib.sha256()
+        try:
+            for path, size in zip(self.files, sizes, strict=True):
+                found.update(f"{path.name}\0{size}\0".encode())
+                if sum(sizes) <= _DIGESTED:
+                    found.update(path.read_bytes())
+        except OSError as problem:
+            raise EffprofError(
+                f"Cannot read {str(path)!r}: {problem.strerror}.", "See --data."
+            ) from None
+        return found.hexdigest()[:16]
 
     def check(self) -> dict[str, Any]:
         """Read the first document of every file; how many files and bytes there are.
@@ -117,6 +137,28 @@ class DatasetCorpus:
         """A stream is known by its name alone."""
         return self.name.replace("/", "--")
 
+    def digest(self) -> str:
+        """The same."""
+        return self.fingerprint()
+
+    def texts(self, rows: Iterable[Any], split: str) -> Iterator[str]:
+        """The documents of a split among a stream's rows. Raises EffprofError."""
+        wanted = split == "validation"
+        try:
+            for row in rows:
+                text = row["text"]
+                if text and not (self.by_hash and held_out(key_of(text)) != wanted):
+                    yield text
+        except KeyError:
+            raise EffprofError(
+                f"The dataset {self.name!r} has no column 'text'.", "Give another."
+            ) from None
+        except (OSError, EOFError, RuntimeError, ValueError) as problem:
+            raise EffprofError(
+                f"The dataset {self.name!r} cannot be read: {type(problem).__name__}.",
+                "Check the network, or the files, and go on with --resume.",
+            ) from None
+
     def check(self) -> dict[str, Any]:
         """Read the first row of the training split. Raises EffprofError where that fails."""
         try:
@@ -162,6 +204,9 @@ class ShardCorpus(DatasetCorpus):
 
     def fingerprint(self) -> str:
         return self.files.fingerprint()
+
+    def digest(self) -> str:
+        return self.files.digest()
 
     def check(self) -> dict[str, Any]:
         return self.files.check()

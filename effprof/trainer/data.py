@@ -21,11 +21,12 @@ from torch import Tensor
 from effprof.errors import EffprofError
 from effprof.files import cannot_write, home
 from effprof.plan import Plan
-from effprof.trainer.corpus import DatasetCorpus, FileCorpus, held_out, key_of
+from effprof.trainer.corpus import DatasetCorpus, FileCorpus
 from effprof.units import quantity
 
 IGNORED = -100  # transformers' label of a position without a target
 _DOCUMENTS_PER_CALL = 256
+_STALE = 3600.0  # seconds without a block written
 _TELL = 10.0  # seconds between two lines of progress
 
 
@@ -109,24 +110,29 @@ def _document_positions(ids: np.ndarray[Any, Any], end: int) -> np.ndarray[Any, 
     return places - np.maximum.accumulate(starts, axis=1)
 
 
-def rows(corpus: FileCorpus, tokenizer: Any, plan: Plan, split: str) -> Rows:
-    """A split's rows, tokenised once and cached.
+def rows(
+    corpus: FileCorpus,
+    tokenizer: Any,
+    plan: Plan,
+    split: str,
+    check: Callable[[], None] = lambda: None,
+) -> Rows:
+    """A split's rows, tokenised once and cached; ``check`` is called often meanwhile.
 
     Raises EffprofError where the data is too small.
     """
     end = tokenizer.eos_token_id
     padded = plan.rows == "padded"
-    vocabulary = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
-    key = f"{corpus.fingerprint()}-{vocabulary}-{split}" + (
-        f"-padded{plan.seq_len}" if padded else ""
-    )
+    words = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+    key = f"{corpus.fingerprint()}-{words}-{split}" + (f"-padded{plan.seq_len}" if padded else "")
     size = max(len(tokenizer), plan.seq_len + 1 if padded else 0)
     dtype = np.dtype(np.uint16 if size <= 2**16 else np.int32)
     cached = home() / "tokens" / f"{key}.{dtype}"
     if not cached.exists():
         sys.stderr.write(f"Tokenising the {split} split (once) …\n")
         documents = _tokenised(corpus.documents(split), tokenizer, end)
-        _save(cached, _padded(documents, plan.seq_len, end) if padded else documents, dtype)
+        documents = _padded(documents, plan.seq_len, end) if padded else documents
+        _save(cached, documents, dtype, check)
     flat = np.zeros(0, dtype)
     if cached.stat().st_size:
         flat = np.memmap(cached, dtype, mode="r")
@@ -171,16 +177,25 @@ def _truncated(ids: list[int], length: int) -> list[int]:
     return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
 
 
-def _save(path: Path, documents: Iterable[list[int]], dtype: np.dtype[Any]) -> None:
+def _save(
+    path: Path,
+    documents: Iterable[list[int]],
+    dtype: np.dtype[Any],
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Write ids end to end as they come, under a temporary name. Raises EffprofError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     told, count = time.monotonic(), 0
+    for old in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
+        if time.time() - old.stat().st_mtime > _STALE:
+            old.unlink(missing_ok=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             for ids in documents:
                 file.write(np.asarray(ids, dtype).tobytes())
                 count += len(ids)
+                check()
                 if time.monotonic() - told > _TELL:
                     told = time.monotonic()
                     sys.stderr.write(f"… {quantity(count)} tokens\n")
@@ -279,32 +294,18 @@ class StreamBatches:
     def _fill(self) -> None:
         """Read and tokenise the next block; the stream begins again at its end."""
         self._at, self.used = self.dataset.state_dict(), 0
-        texts = list(itertools.islice(self._texts(), _DOCUMENTS_PER_CALL))
+        documents = self.corpus.texts(self._rows, self.split)
+        texts = list(itertools.islice(documents, _DOCUMENTS_PER_CALL))
         if texts:
             self.documents += len(texts)
             self._block = list(_tokenised(texts, self.tokenizer, self.end))
         elif self.documents:
             self._begin()
         else:
-            raise EffprofError("The dataset holds no document.", "Check name and split.")
-
-    def _texts(self) -> Iterator[str]:
-        """Documents of this split, as the dataset's iterator gives them."""
-        wanted = self.split == "validation"
-        try:
-            for row in self._rows:
-                text = row["text"]
-                if text and not (self.corpus.by_hash and held_out(key_of(text)) != wanted):
-                    yield text
-        except KeyError:
             raise EffprofError(
-                f"The dataset {self.corpus.name!r} has no column 'text'.", "Give another."
-            ) from None
-        except (OSError, EOFError, RuntimeError, ValueError) as problem:
-            raise EffprofError(
-                f"The dataset {self.corpus.name!r} cannot be read: {type(problem).__name__}.",
-                "Check the network, or the files, and go on with --resume.",
-            ) from None
+                f"The dataset {self.corpus.name!r} holds no document for {self.split}.",
+                "Check name and split; of files read without --stream one is always held out.",
+            )
 
     def _begin(self) -> None:
         """The stream from its first document: a restored one would begin where it was restored."""

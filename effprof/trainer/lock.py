@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from effprof.errors import EffprofError
 from effprof.files import cannot_write
@@ -25,27 +26,38 @@ def held(out: Path) -> Iterator[None]:
     path = out / _NAME
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - until the end
+        file = _locked(path)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
     except OSError as problem:
         raise cannot_write(out, problem) from None
-    with file:
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+            out.rmdir()
+        file.close()
+
+
+def _locked(path: Path) -> IO[str]:
+    """The file, locked. Raises EffprofError where another process has it, OSError."""
+    while True:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - it is the lock
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
+            who = file.read() or "another process"
+            file.close()
             raise EffprofError(
-                f"{str(out)!r} is being trained by {file.read() or 'another process'}.",
+                f"{str(path.parent)!r} is being trained by {who}.",
                 "Wait until it has ended, or give another --out.",
             ) from None
         except OSError:  # a file system without locks
-            pass
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            if [one.name for one in out.iterdir()] == [_NAME]:
-                with contextlib.suppress(OSError):
-                    path.unlink()
-                    out.rmdir()
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                return file
+        file.close()  # whoever had it has ended meanwhile, and removed it

@@ -20,6 +20,7 @@ from effprof.trainer.evaluate import Validation, evaluate
 from effprof.trainer.finish import Outcome
 from effprof.trainer.launch import world
 from effprof.trainer.ledger import Ledger
+from effprof.trainer.lock import held
 from effprof.trainer.norms import UpdateNorm, gradient_norm
 from effprof.trainer.pending import Pending
 from effprof.trainer.run import Run, open_folder, say_damaged
@@ -41,7 +42,8 @@ def train(run: Run, *, resume: bool = False, force: bool = False) -> Outcome:
     with (
         SharedStop(run.time_limit or None, here)
         if here.size > 1
-        else Stop(run.time_limit or None) as stop
+        else Stop(run.time_limit or None) as stop,
+        held(run.out) if here.writes else contextlib.nullcontext(),
     ):
         found = open_folder(run, resume=resume)
         at = found[1]["step"] if found else -1
@@ -52,7 +54,11 @@ def train(run: Run, *, resume: bool = False, force: bool = False) -> Outcome:
                 "Give an --out that every machine shares.",
             )
         ready = preflight.prepare(run, force=force)
-        session = Session(run, ready.device, ready.expected, ready.machine, fresh=found is None)
+        session = Session(
+            *(run, ready.device, ready.expected, ready.machine),
+            fresh=found is None,
+            check=stop.check,
+        )
         if found:
             session.restore(*found)
             if here.writes:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from effprof.errors import EffprofError
 from effprof.files import cannot_write, write_whole
 
 
@@ -41,7 +43,12 @@ class Log:
         """Drop rows after ``last_step``: beyond the checkpoint, they will be written again."""
         if not self.writes or not self.path.exists():
             return
-        kept = [row for row in whole_rows(self.path) if json.loads(row)["step"] <= last_step]
+        steps = {row: json.loads(row)["step"] for row in whole_rows(self.path)}
+        kept = [row for row, step in steps.items() if step <= last_step]
+        if (found := steps[kept[-1]] if kept else 0) < last_step:
+            sys.stderr.write(
+                f"Warning: {self.path} lacks the rows of steps {found + 1} to {last_step}.\n"
+            )
         write_whole(self.path, "".join(f"{row}\n" for row in kept))
         if self._file is not None:  # the file of that name is another one now
             self._file.close()
@@ -65,12 +72,23 @@ def plain_json(row: Mapping[str, Any]) -> str:
 
 
 def whole_rows(path: Path) -> list[str]:
-    """Lines that are complete JSON: a killed process may have cut the last."""
+    """Lines up to the first that is no row: a killed process may have cut the last.
+
+    Raises EffprofError where there is no such file.
+    """
     found = []
-    for row in path.read_text(encoding="utf-8").splitlines():
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as problem:
+        raise EffprofError(
+            f"Cannot read {str(path)!r}: {problem.strerror}.", "Move it away, or repair it."
+        ) from None
+    for line in lines:
         try:
-            json.loads(row)
-        except ValueError:
+            row = json.loads(line)
+            if not isinstance(row["step"], int):
+                break
+        except (ValueError, TypeError, KeyError):  # no text, no JSON, no object, no row
             break
-        found.append(row)
+        found.append(line.decode())
     return found

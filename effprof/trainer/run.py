@@ -77,7 +77,12 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run that was."""
         train = {k: v for k, v in self.table().items() if k not in _HABITS}
-        return {"plan": self.plan.as_dict(), "train": train}
+        shape = {
+            key: value
+            for key, value in self.plan.architecture.config.items()
+            if not (key.startswith("_") or key in _NO_SHAPE)
+        }
+        return {"plan": self.plan.as_dict(), "train": train, "architecture": shape}
 
     def write(self) -> None:
         """Write run.toml, and the model's config.json, into the run's folder."""
@@ -95,21 +100,26 @@ _WHOLE = (
 )
 _REAL = ("lr", "clip", "time_limit")
 _SWITCHES = ("log_norms", "stream")
-# What a run may be resumed with another value of: no loss depends on it.
+# What a run may be resumed with another value of: no loss depends on it. Where the data lie may
+# change: what they are is compared.
 _HABITS = (
     *("save_every", "eval_every", "eval_batches", "keep_last", "keep_best", "time_limit"),
-    *("log_norms", "log"),
+    *("log_norms", "log", "data"),
 )
+# Keys of a config.json that describe who wrote it.
+_NO_SHAPE = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
 
-def make(plan: Plan, out: Path, given: Mapping[str, Any]) -> Run:
-    """A run from flags, unset ones at their defaults. Raises UsageError for a bad value."""
+def make(plan: Plan, out: Path, given: Mapping[str, Any], *, begun: bool = False) -> Run:
+    """A run from flags, unset ones at their defaults; one that has ``begun`` does not need what it
+    began from. Raises UsageError for a bad value.
+    """
     values = {key: _checked(key, value) for key, value in given.items() if value is not None}
     _check_plan(plan, values.get("clip", 0.0))
     steps = _steps(plan, values.pop("steps", None))
     lr = values.pop("lr", default_lr(plan))
     warmup = values.pop("warmup", steps // 10)
-    if values.get("init_from"):
+    if values.get("init_from") and not (begun and values.get("tokenizer")):
         pretrained.check(values["init_from"], plan)
         values["tokenizer"] = values.get("tokenizer") or pretrained.tokenizer_of(
             values["init_from"]
@@ -263,11 +273,7 @@ def open_folder(run: Run, *, resume: bool) -> tuple[Path, dict[str, Any]] | None
 
     Raises UsageError for a folder that is not this run's, EffprofError for one that cannot be used.
     """
-    if run.out.exists() and not run.out.is_dir():
-        raise UsageError(f"--out {str(run.out)!r} is not a folder.", "Give another --out.")
-    nearest = next(path for path in (run.out, *run.out.absolute().parents) if path.exists())
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise EffprofError(f"The folder {str(nearest)!r} cannot be written.", "Give another --out.")
+    check_place(run.out)
     # What begins with a dot is of a process that was killed before anything was whole.
     used = run.out.is_dir() and any(one.name[0] != "." for one in run.out.iterdir())
     if used and not resume:
@@ -277,8 +283,39 @@ def open_folder(run: Run, *, resume: bool) -> tuple[Path, dict[str, Any]] | None
         )
     found = checkpoint.newest(run.out, say_damaged) if used else None
     if used:
-        _check_same(run, found[1]["run"] if found else read_tables(run.out / "run.toml"))
+        _check_same(run, found[1]["run"] if found else _tables_of(run))
+    if used and found is None:
+        _say_anew(run.out)
     return found
+
+
+def check_place(out: Path) -> None:
+    """Raise UsageError for what cannot be a run's folder, EffprofError for one that cannot be
+    written.
+    """
+    try:
+        if out.is_symlink() and not out.exists():
+            raise UsageError(f"--out {str(out)!r} is a link to nothing.", "Give another --out.")
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"--out {str(out)!r} is not a folder.", "Give another --out.")
+    except OSError as problem:  # too long a name
+        raise UsageError(f"--out cannot be used: {problem.strerror}.", "Give another.") from None
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise EffprofError(f"The folder {str(nearest)!r} cannot be written.", "Give another --out.")
+
+
+def _say_anew(out: Path) -> None:
+    """A run without a checkpoint begins again, unless it has ended: its checkpoints were deleted.
+
+    Raises UsageError.
+    """
+    if (out / "summary.json").is_file():
+        raise UsageError(
+            f"{str(out)!r} holds a run that has ended, and no checkpoint to go on from.",
+            "Give another --out.",
+        )
+    sys.stderr.write(f"{out} holds no checkpoint yet: training begins at step 0.\n")
 
 
 def read_tables(path: Path) -> dict[str, Any]:
@@ -293,6 +330,11 @@ def read_tables(path: Path) -> dict[str, Any]:
         ) from None
 
 
+def _tables_of(run: Run) -> dict[str, Any]:
+    """What a folder without a checkpoint says of its run; of its model's file nothing."""
+    return read_tables(run.out / "run.toml") | {"architecture": run.identity()["architecture"]}
+
+
 def say_damaged(path: Path) -> None:
     """Tell of a checkpoint that was passed over."""
     sys.stderr.write(f"Warning: {path} is damaged and was passed over.\n")
@@ -305,11 +347,14 @@ _MAY_DIFFER = ("gpus", "grad_accum", "parallel")
 def _check_same(run: Run, before: Mapping[str, Any]) -> None:
     """A resumed run must be the run that was, in everything that decides its losses."""
     wanted = json.loads(json.dumps(run.identity()))
+    hints = {"architecture": f"The model it was started with is {run.out / 'config.json'}."}
+    usual = f"Type --config {run.out / 'run.toml'} --out {run.out} --resume."
     for table, values in wanted.items():
-        for key, value in values.items():
-            old = before[table].get(key)
+        found = before.get(table, {})
+        for key in values.keys() | (found.keys() if table == "architecture" else ()):
+            old, value = found.get(key), values.get(key)
             if old != value and key not in _MAY_DIFFER:
                 raise UsageError(
                     f"{str(run.out)!r} was started with {key} = {old!r}, not {value!r}.",
-                    f"Type --config {run.out / 'run.toml'} --out {run.out} --resume.",
+                    hints.get(table, usual),
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from effprof.trainer.launch import world
 from effprof.trainer.optimizer import MethodOptimizer
 from effprof.trainer.pretrained import load_pretrained
 from effprof.trainer.run import Run
-from effprof.trainer.tokenizer import tokenizer
+from effprof.trainer.tokenizer import tokenizer, vocabulary
 
 _HOST = torch.device("cpu")
 
@@ -56,12 +57,13 @@ class Session:
         machine: DeviceMeter,
         *,
         fresh: bool = True,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.run, self.plan, self.device = run, run.plan, device
         self.expected, self.machine = expected, machine
         self.world = world()
         texts = corpus(run.data, stream=run.stream)
-        self.fingerprint = texts.fingerprint()
+        self.digest = texts.digest()
         self.local = isinstance(texts, FileCorpus | ShardCorpus)
         kept = run.out / "tokenizer"  # ids mean what they meant, whatever becomes of the data
         with self.world.first():
@@ -72,12 +74,13 @@ class Session:
         self.validation: Rows | StreamBatches
         if isinstance(texts, FileCorpus):
             with self.world.first():
-                train_rows = rows(texts, self.tokenizer, self.plan, "train")
-                self.validation = rows(texts, self.tokenizer, self.plan, "validation")
+                train_rows = rows(texts, self.tokenizer, self.plan, "train", check)
+                self.validation = rows(texts, self.tokenizer, self.plan, "validation", check)
             source = Batches(train_rows, self.plan, run.seed, _HOST)
         else:
             source = StreamBatches(texts, self.tokenizer, self.plan, "train", _HOST)
             self.validation = StreamBatches(texts, self.tokenizer, self.plan, "validation", device)
+            self.validation.evaluation(1)  # fails now, not after the last update
         self.feed = Feed(source, self.plan.grad_accum, device, self.world)
         machine.begin()
         self.model: nn.Module
@@ -149,17 +152,22 @@ class Session:
             "data": self.feed.state_dict(),
             "losses": self.guard.losses,
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
-            "corpus": self.fingerprint,
+            "corpus": self.digest,
+            "vocabulary": vocabulary(self.tokenizer),
             "run": self.run.identity(),
         }
 
     def restore(self, path: Path, state: dict[str, Any]) -> None:
         """Go on from a checkpoint: weights, optimizer, random state, place in the data."""
-        if state["corpus"] != self.fingerprint:
-            raise EffprofError(
-                f"The data of {str(self.run.out)!r} has changed since step {state['step']}.",
-                "Put the old files back, or start again with another --out.",
-            )
+        for what, was, now in (
+            ("data", state["corpus"], self.digest),
+            ("tokenizer", state["vocabulary"], vocabulary(self.tokenizer)),
+        ):
+            if was != now:
+                raise EffprofError(
+                    f"The {what} of {str(self.run.out)!r} has changed since step {state['step']}.",
+                    "Put the old files back, or start again with another --out.",
+                )
         checkpoint.restore(path, state, self.model, self.optimizer)
         self.feed.load_state_dict(state["data"])
         self.guard.losses = list(state["losses"])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from effprof.errors import StoppedError
 from effprof.signals import SIGNALS
 from effprof.trainer.world import World
 
@@ -51,6 +52,11 @@ class Stop:
         if self._heard >= _ENOUGH:
             self.__exit__()
             os.kill(os.getpid(), number)
+
+    def check(self) -> None:
+        """Raise StoppedError for a signal, or the time being up, while nothing is trained yet."""
+        if self._noted or self.late():
+            raise StoppedError(self._noted)
 
     def go_on(self, ready: Callable[[float], bool], needed: float = 0.0) -> bool:
         """Wait until ``ready``, which is given seconds to wait itself; False where the run is to

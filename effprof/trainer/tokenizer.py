@@ -4,6 +4,8 @@ by path.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -62,6 +64,12 @@ def _without_markers(chosen: Any) -> int:
     return count
 
 
+def vocabulary(tokenizer: Any) -> str:
+    """What tells a tokenizer's ids from another's."""
+    words = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
+
+
 def _load(path: str) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -82,7 +90,7 @@ def _sample(corpus: FileCorpus | DatasetCorpus) -> Iterator[str]:
     if isinstance(corpus, FileCorpus):
         documents: Iterable[str] = corpus.documents("train")
     else:
-        documents = (row["text"] for row in corpus.stream("train"))
+        documents = corpus.texts(corpus.stream("train"), "train")
     seen = 0
     for text in documents:
         yield text
