@@ -19,11 +19,19 @@ def check_combinations(plan: Plan) -> None:
                 raise UsageError(
                     f"{flag(name)} has no effect with --device cpu.", f"Leave {flag(name)} out."
                 )
-    if plan.attention != "eager" and plan.architecture.attention_softcap:
+    shape = plan.architecture
+    if plan.attention != "eager" and shape.eager:
         raise UsageError(
-            f"{plan.architecture.model_type} caps attention scores, which "
-            f"--attention {plan.attention} cannot do.",
+            f"{shape.model_type} caps attention scores, which --attention {plan.attention} cannot "
+            f"do.",
             "Use --attention eager.",
+        )
+    aligned = 4 if plan.compute_dtype == "fp32" else 8
+    if shape.experts and (shape.hidden % aligned or shape.intermediate % aligned):
+        raise UsageError(
+            f"{shape.name}'s experts are {shape.hidden} × {shape.intermediate}: torch multiplies "
+            f"stacked matrices whose sides are multiples of {aligned} in {plan.compute_dtype}.",
+            "Correct config.json.",
         )
     if plan.seq_len < 2:
         raise UsageError("--seq-len 1 leaves nothing to predict.", "Type --seq-len 2 or more.")

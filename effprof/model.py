@@ -84,6 +84,7 @@ _WITH_ATTENTION_BIAS = (
     "gemma",
     "gemma2",
 )  # on q, k, v and o, where it is set
+_WHOLE_HEADS = ("llama", "gemma2")
 _REQUIRED = (
     "hidden_size",
     "intermediate_size",
@@ -181,6 +182,11 @@ class Architecture:
     def gemma(self) -> bool:
         """Whether norms scale by 1 + weight in fp32 and embeddings by sqrt(hidden)."""
         return self.model_type.startswith("gemma")
+
+    @property
+    def eager(self) -> bool:
+        """Whether transformers has only its own attention for it (gemma2)."""
+        return self.model_type == "gemma2"
 
     @property
     def head_norms(self) -> bool:
@@ -383,6 +389,12 @@ def from_config(config: Any, name: str) -> Architecture:
             raise UsageError(
                 f"{key} is {value!r} in {name!r}.", f"{key} must be a positive whole number."
             )
+    if model_type in _WHOLE_HEADS and sizes["hidden_size"] % sizes["num_attention_heads"]:
+        raise UsageError(
+            f"hidden_size {sizes['hidden_size']} is not a multiple of num_attention_heads "
+            f"{sizes['num_attention_heads']} in {name!r}.",
+            f"transformers refuses that of a {model_type}, whatever its head_dim.",
+        )
     if sizes["head_dim"] % 2:
         raise UsageError(
             f"head_dim {sizes['head_dim']} is odd in {name!r}.",
@@ -450,7 +462,7 @@ def _check_experts(config: Mapping[str, Any], experts: int, name: str) -> None:
         )
 
 
-_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "gelu_new")
+_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 
 
 def _check_kinds(config: Mapping[str, Any], name: str) -> None:

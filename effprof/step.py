@@ -235,10 +235,11 @@ def layer_of(name: str) -> int:
 
 
 def edited(plan: Plan) -> Architecture:
-    """The plan's architecture with what its method changes outside the matrices."""
-    half = plan.halves.layer
-    edit = getattr(half, "edit", None)
-    if edit is None:
+    """The plan's architecture with what its method changes outside the matrices, in an MLP whose
+    matrices it takes.
+    """
+    edit = getattr(plan.halves.layer, "edit", None)
+    if edit is None or "mlp" not in plan.targets or plan.architecture.experts:
         return plan.architecture
     changes: Mapping[str, Any] = edit(plan.layer_settings)
     config = dict(plan.architecture.config)

@@ -126,22 +126,34 @@ def flops(matrix: Matrix, tokens: int, settings: Settings) -> Flops:
 
 
 def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, tuple[Tensor, ...]]:
-    """Both factors' directions; of an exact step also their bases and the 2r × 2r core."""
+    """Both factors' directions; of an exact step also their bases, the 2r × 2r core, and the three
+    products of each factor's new value in turn.
+    """
     r, m, n = settings.rank, matrix.rows, matrix.columns
     directions = (
         Tensor("d_A", (r, n), "state", "workspace"),
         Tensor("d_B", (m, r), "state", "workspace"),
     )
+
+    def wide(*names: str, side: int) -> tuple[Tensor, ...]:
+        return tuple(Tensor(name, (side, r), "fp32", "workspace") for name in names)
+
     bases = tuple(
-        Tensor(name, (side, r), "fp32", "workspace")
-        for side in (m, n)
-        for name in ("basis", "tangent", "residual", "residual_basis")
+        one for side in (m, n) for one in wide("basis", "tangent", "residual_basis", side=side)
+    )
+    squares = tuple(
+        Tensor(name, (r, r), "fp32", "workspace") for name in ("r", "s", "mixed", "k1", "k2")
     )
     core = tuple(Tensor(name, (2 * r, 2 * r), "fp32", "workspace") for name in ("core", "u", "v"))
+    halves = tuple(Tensor(name, (2 * r, r), "fp32", "workspace") for name in ("left", "right"))
+    exact = (*directions, *bases, *squares)
+    products = ("inside", "outside", "sum")
     return {
         **lowrank.transient(matrix, tokens, _plain(settings)),
         "update": (*directions, Tensor("cast", (max(m, n), r), "downcast", "workspace")),
-        "refresh": (*directions, *bases, *core),
+        "refresh": (*exact, *core),
+        "refresh:b": (*exact, core[0], *halves, *wide(*products, side=m)),
+        "refresh:a": (*exact, core[0], *halves, *wide(*products, side=n)),
     }
 
 

@@ -75,7 +75,7 @@ def transient(matrix: Matrix, tokens: int, settings: Settings) -> Mapping[str, t
         Tensor("b_fp32", (matrix.rows, settings.rank), "upcast", "workspace"),
         Tensor("a_fp32", (settings.rank, matrix.columns), "upcast", "workspace"),
     )
-    summed = (merge[0], Tensor("weight_fp32", matrix.shape, "upcast", "workspace"))
+    summed = (merge[0], Tensor("weight_fp32", matrix.shape, "mixed", "workspace"))
     plain = lora.transient(matrix, tokens, settings)
     return {**plain, "restart": merge, "restart:add": summed}
 

@@ -143,6 +143,17 @@ def test_leave_names_what_is_left_alone() -> None:
         effprof.apply(plain_model(), "lora", rank=4, leave=["nowhere"])
 
 
+@pytest.mark.parametrize(("part", "kept"), [("mlp", True), ("self_attn", False)])
+def test_an_mlp_that_is_left_keeps_its_activation(part: str, kept: bool) -> None:
+    model = language_model()
+    mlp = model.model.layers[0].mlp
+    before = mlp.act_fn
+    linear = (n for n, module in model.named_modules() if isinstance(module, nn.Linear))
+    leave = [name for name in linear if part in name or name == "lm_head"]
+    effprof.apply(model, "cola", rank=4, leave=leave, from_dense=False, keep_activation=False)
+    assert (mlp.act_fn is before) is kept
+
+
 def test_a_schedulers_rate_and_the_methods_factor_multiply() -> None:
     model = effprof.apply(plain_model(), "lowrank-restarts", rank=4, restart_every=5)
     optimizer = effprof.optimizer(model, "lowrank-restarts", lr=1.0)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import CONFIGS
 from samples import TINY
 
 from effprof.errors import UsageError
-from effprof.model import architecture, from_config, presets
+from effprof.model import _architecture, architecture, from_config, presets
 from effprof.plan import Plan
-from effprof.step import work_out
+from effprof.step import edited, work_out
 
 PRESET_PARAMETERS = {  # shapes of the benchmark, counted by hand from its config files
     "9m": 8_995_968,
@@ -81,6 +82,32 @@ def test_null_is_refused_where_transformers_refuses_it() -> None:
     assert from_config(gemma, "x").attention_softcap is None
     mistral = {"model_type": "mistral", **TINY, "sliding_window": None, "num_key_value_heads": 2}
     assert from_config(mistral, "x").sliding_window is None
+
+
+def test_what_transformers_or_torch_refuses_is_refused(tmp_path: Path) -> None:
+    def path(**values: Any) -> str:
+        (tmp_path / "it.json").write_text(json.dumps({**TINY, **values}))
+        _architecture.cache_clear()
+        return str(tmp_path / "it.json")
+
+    odd = {"hidden_size": 40, "num_attention_heads": 3, "head_dim": 16}
+    with pytest.raises(UsageError, match="not a multiple of num_attention_heads"):
+        Plan(model=path(model_type="llama", **odd))
+    assert Plan(model=path(model_type="mistral", num_key_value_heads=3, **odd))
+    with pytest.raises(UsageError, match="attention sdpa"):
+        Plan(model=path(model_type="gemma2", attn_logit_softcapping=None))
+    with pytest.raises(UsageError, match="multiples of 8 in bf16"):
+        Plan(model=path(model_type="mixtral", num_key_value_heads=2, intermediate_size=84))
+    mixed = path(model_type="mixtral", num_key_value_heads=2, intermediate_size=84)
+    assert Plan(model=mixed, dtype="fp32")
+    with pytest.raises(UsageError, match="gelu_new"):
+        Plan(model=path(model_type="llama", hidden_act="gelu_new"))
+
+
+@pytest.mark.parametrize(("targets", "kept"), [(("attention",), "silu"), (("mlp",), "linear")])
+def test_an_activation_goes_with_its_matrices(targets: tuple[str, ...], kept: str) -> None:
+    """CoLA's own stands in for it where CoLA is."""
+    assert edited(Plan(model="1b", method="cola", targets=targets)).activation == kept
 
 
 def test_missing_kv_heads_follow_the_type() -> None:

@@ -269,6 +269,14 @@ def test_json_and_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert json.loads(out)["closest"]["headroom"] < 0
 
 
+def test_the_run_it_prints_is_the_one_it_promises() -> None:
+    """Its length is that of the papers it speaks of: 1.4 B there, 1.1 B in others."""
+    few = ("--methods", "full", "--objective", "time", "--max-perplexity", "33")
+    document = json.loads(run("recommend", "--model", "60m", "--gpu", "t4", *few, "--json")[1])
+    assert "1.40 B tokens" in " ".join(document["reasons"])
+    assert "--tokens 1.4B" in document["commands"]["train"]
+
+
 @pytest.mark.parametrize(
     ("limit", "words"),
     [

@@ -82,6 +82,32 @@ def test_architectures_trace_as_they_are_estimated(
     assert traced.requested == pytest.approx(expected.requested, rel=3e-3)
 
 
+MASKED = {"rows": "packed-isolated", "micro_batch": 4}
+VARIANTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"hidden_act": "relu"}, {"micro_batch": 8}),
+    ({"num_key_value_heads": 1}, MASKED),
+    ({"num_key_value_heads": 1}, {**MASKED, "gpu": "v100-16gb"}),
+    ({"num_key_value_heads": 2}, {**MASKED, "gpu": "v100-16gb"}),
+    ({}, {"method": "cola", "rank": 32, "targets": ("attention",)}),
+    ({}, {"method": "relora", "rank": 32, "micro_batch": 1, "seq_len": 16}),
+    ({}, {"method": "loro", "rank": 64, "micro_batch": 1, "seq_len": 16}),
+]
+
+
+@pytest.mark.parametrize(("config", "values"), VARIANTS)
+def test_variants_trace_as_they_are_estimated(
+    config: dict[str, Any], values: dict[str, Any], tmp_path: Path
+) -> None:
+    """What is kept for backward depends on them, or what a periodic step takes."""
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3}
+    shape |= {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 2048}
+    (tmp_path / "it.json").write_text(json.dumps({"model_type": "llama", **shape, **config}))
+    plan = Plan(model=str(tmp_path / "it.json"), **values)
+    traced, expected = trace(plan).memory, estimate(plan).memory
+    assert traced.requested == pytest.approx(expected.requested, rel=2e-3)
+    assert traced.peak.phase == expected.peak.phase
+
+
 FOREIGN: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
     "olmo2": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},

@@ -25,8 +25,10 @@ def attend(decoder: Decoder, query: Value, key: Value, value: Value, mask: Value
     groups = shape.heads // shape.kv_heads
     if plan.attention == "sdpa":
         query, key, value = (ops.to(graph, x, compute, "sdpa_cast") for x in (query, key, value))
-        if mask is not None and groups > 1:  # grouped heads and a mask are not taken together
+        # Grouped heads and a mask are not taken together; a single one is repeated as a view.
+        if mask is not None and groups > 1 and shape.kv_heads > 1:
             key, value = (ops.copy(graph, x, x.numel * groups, "repeat_kv") for x in (key, value))
+            groups = 1
         shape_of = plan_attention(plan, masked=mask is not None)
         kernel = "flash" if plan.device == "cpu" else decoder.kernel(shape_of)
         if kernel != "math":

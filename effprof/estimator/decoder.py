@@ -390,7 +390,8 @@ class _Layer:
         return ops.concatenate(self.graph, ops.scale(self.graph, second, "neg"), first)
 
     def _activated(self, gate: Value) -> Value:
-        return gate if self.shape.activation == "linear" else ops.pointwise(self.graph, gate, "act")
+        kind = self.shape.activation
+        return gate if kind == "linear" else ops.activation(self.graph, gate, kind)
 
     def _mlp(self, x: Value) -> Value:
         graph = self.graph

@@ -228,6 +228,7 @@ def not_modelled(plan: Plan) -> tuple[str, ...]:
             f"the network between nodes: all {plan.gpus} GPUs are taken to share one card's links"
         )
     decomposed = {"svd", "refactorize", "exact_every"}
-    if plan.device == "cuda" and decomposed & {*plan.settings, *plan.update_settings}:
+    used = [*plan.settings.items(), *plan.update_settings.items()]
+    if plan.device == "cuda" and any(key in decomposed and value for key, value in used):
         found.append("cuSOLVER's own workspace during a refresh")
     return tuple(found)

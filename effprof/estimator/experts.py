@@ -38,7 +38,7 @@ def mix(decoder: Decoder, x: Value, index: int) -> Value:
     del hidden
     gate, value = ops.split(graph, both)
     del both
-    gated = ops.mul(graph, ops.pointwise(graph, gate, "act"), value, "gated")
+    gated = ops.mul(graph, ops.activation(graph, gate, shape.activation), value, "gated")
     del gate, value
     out = _grouped(graph, gated, down, offsets, pairs * shape.hidden, "down")
     del gated, offsets

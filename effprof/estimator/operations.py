@@ -110,6 +110,11 @@ def pointwise(graph: Graph, x: Value, label: str) -> Value:
     return graph.attach(graph.allocate(x.numel, x.itemsize, label), label, (x,), (x,), rule)
 
 
+def activation(graph: Graph, x: Value, kind: str) -> Value:
+    """The MLP's function: relu saves its result, silu and the gelus their input."""
+    return from_result(graph, x, "act") if kind == "relu" else pointwise(graph, x, "act")
+
+
 def softmax(graph: Graph, x: Value, itemsize: int = 0) -> Value:
     """Probabilities, perhaps in another dtype; CUDA's backward multiplies gradient and result into
     a tensor of its own (SoftMax.cu).

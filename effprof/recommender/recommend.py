@@ -93,7 +93,10 @@ class Recommendation:
             "remedies": [one.as_dict() for one in self.remedies],
             "commands": {}
             if best is None
-            else {name: command(best.estimate.plan, name) for name in self.next},
+            else {
+                name: command(best.estimate.plan, name, lineage=best.estimate.lineage)
+                for name in self.next
+            },
             "left_out": dict(found.left_out),
             "not_searched": sorted(self.not_searched),
             "searched": {"plans": self.plans, "seconds": self.seconds},

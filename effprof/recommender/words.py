@@ -187,9 +187,9 @@ _FIRST = ("model", "method", "attention", "seq_len")
 _LAST = ("settings", "update_settings")
 
 
-def command(plan: Plan, name: str, steps: int | None = None) -> str:
+def command(plan: Plan, name: str, steps: int | None = None, lineage: str = "") -> str:
     """The command line of this plan, as short as its defaults allow; ``steps`` ends a training
-    sooner than what is published of the plan.
+    sooner than what is published of the plan (in these papers, where a ``lineage`` is given).
     """
     left_out = _UNSAID[name]
     wanted = {k: v for k, v in plan.as_dict().items() if v is not None and k not in left_out}
@@ -205,14 +205,14 @@ def command(plan: Plan, name: str, steps: int | None = None) -> str:
             words += [flag(key)] if given[key] is True else [flag(key), text]
     assert from_dict(given).as_dict() == {**plan.as_dict(), **dict.fromkeys(left_out)}
     if name == "train":
-        words += ["--steps", str(steps)] if steps else [] if plan.tokens else _length(plan)
+        words += ["--steps", str(steps)] if steps else [] if plan.tokens else _length(plan, lineage)
         words += ["--out", f"runs/{plan.architecture.name}-{plan.method}"]
     return shlex.join(words)
 
 
-def _length(plan: Plan) -> list[str]:
+def _length(plan: Plan, lineage: str) -> list[str]:
     """A run has to end: after the tokens published of it, else after some steps to begin with."""
-    known = quality(plan)
+    known = quality(plan, lineage)
     return ["--tokens", _count(known.tokens)] if known else ["--steps", "1000"]
 
 

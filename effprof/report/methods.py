@@ -111,7 +111,7 @@ def _costs(step: Step, unit: Unit) -> tuple[str, ...]:
 def _show_published(out: Any, name: str) -> None:
     found = published.of(name)
     if not found:
-        out.print("No published C4 perplexity is known for it.", style="dim")
+        out.print("effprof's table of published C4 perplexities has none of it.", style="dim")
         return
     rows = table("published", "rank", "tokens", "perplexity", "GB", "source", "read in")
     for one in found[:SHOWN]:

@@ -53,7 +53,8 @@ def show_recommendation(found: Recommendation) -> None:
         out.print(f"Left out {', '.join(names)}: {why}", style="dim")
     if best is not None:
         for lead, name in zip(("Next:", "then:"), found.next, strict=False):
-            out.print(f"{lead} {command(best.estimate.plan, name)}", soft_wrap=True)
+            typed = command(best.estimate.plan, name, lineage=best.estimate.lineage)
+            out.print(f"{lead} {typed}", soft_wrap=True)
 
 
 def _show_remedies(found: Recommendation) -> None:
@@ -110,4 +111,6 @@ def show_measured(found: Recommendation, result: Measured) -> None:
         out.print("None of them fits here.")
         return
     out.print(Text(f"→ {title(best.result.plan)} at {batch(best.result.plan)}", "bold green"))
-    out.print(f"Next: {command(best.choice.estimate.plan, 'train')}", soft_wrap=True)
+    chosen = best.choice.estimate
+    typed = command(chosen.plan, "train", lineage=chosen.lineage)
+    out.print(f"Next: {typed}", soft_wrap=True)

@@ -100,7 +100,7 @@ def arranged_foreign(plan: Plan) -> nn.Module:
             made = MethodLinear(half, matrix, plan.layer_settings, dtype, linear.bias)
             setattr(model.get_submodule(parent), leaf, made)
         changes = half.edit(plan.layer_settings) if hasattr(half, "edit") else {}
-        edit_model(model, changes)
+        edit_model(model, changes, {m for m in model.modules() if isinstance(m, MethodLinear)})
     if plan.freeze_rest:
         inside = {p for m in model.modules() if isinstance(m, MethodLinear) for p in m.parameters()}
         for parameter in model.parameters():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -70,7 +70,8 @@ def apply(
         layer.initialise(seed * 1_000_003 + index, dense)
         layer.bias = linear.bias
         made[linear] = layer
-    edit_model(model, getattr(half, "edit", lambda settings: {})(recipe.layer_settings))
+    changes = half.edit(recipe.layer_settings) if hasattr(half, "edit") else {}
+    edit_model(model, changes, set(made))
     for parent in list(model.modules()):  # only once every layer could be made
         for leaf, child in list(parent._modules.items()):
             if child in made:
@@ -341,11 +342,15 @@ def _architecture(model: nn.Module) -> Architecture | None:
         return None
 
 
-def edit_model(model: nn.Module, changes: dict[str, Any]) -> None:
-    """What a method changes outside the matrices: the MLP's own activation."""
-    if not changes:
+def edit_model(model: nn.Module, changes: dict[str, Any], taken: Collection[nn.Module]) -> None:
+    """What a method changes outside the matrices: the activation of an MLP whose matrices are
+    ``taken``.
+    """
+    mlps = [module for module in model.modules() if hasattr(module, "down_proj")]
+    mlps = [module for module in mlps if module.down_proj in taken]
+    if not changes or not mlps:
         return
-    gated = [m for m in model.modules() if hasattr(m, "act_fn") and hasattr(m, "down_proj")]
+    gated = [module for module in mlps if hasattr(module, "act_fn")]
     if not gated or changes != {"activation": "linear"}:
         raise UsageError(
             "This model's MLP activation is not where effprof knows it.",
