@@ -24,7 +24,8 @@ from torch import nn
 from train_step import Run, interleaved
 
 from effprof import registry
-from effprof.model import Matrix, architecture
+from effprof.architectures import architecture
+from effprof.model import Matrix
 from effprof.registry import Clock, Group
 
 RANKS = {"60m": 128, "350m": 256, "1b": 512}

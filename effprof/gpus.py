@@ -8,9 +8,9 @@ import tomllib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from effprof import calibration
+from effprof.architectures import PRESETS
 from effprof.calibration import Calibration
 from effprof.errors import UsageError, unknown
-from effprof.model import PRESETS
 from effprof.units import MIB, parse_bytes
 
 if TYPE_CHECKING:

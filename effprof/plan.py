@@ -13,10 +13,11 @@ from typing import Any
 
 from effprof import registry
 from effprof.allocator import Settings
+from effprof.architectures import architecture
 from effprof.combinations import check_combinations, check_per_layer
 from effprof.errors import UsageError, unknown
 from effprof.fields import TARGETS, check_choices, check_type
-from effprof.model import Architecture, architecture
+from effprof.model import Architecture
 from effprof.recipe import Recipe, Size, preset_of, resolve
 from effprof.registry import Method, due
 

@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from effprof.model import PRESETS
+from effprof.architectures import PRESETS
 
 _TABLE = PRESETS / "published.csv"
 

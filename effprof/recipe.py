@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from effprof import registry
+from effprof.architectures import architecture, nearest_size
 from effprof.errors import UsageError, unknown
-from effprof.model import Matrix, architecture, nearest_size
+from effprof.model import Matrix
 from effprof.registry import Facts, LayerHalf, Method, UpdateHalf
 
 

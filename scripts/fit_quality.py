@@ -21,6 +21,7 @@ from collections import defaultdict
 from typing import Any, NamedTuple
 
 from effprof import published, registry
+from effprof.architectures import PRESETS, architecture, presets
 from effprof.estimator.scaling import (
     BILLION,
     Exponents,
@@ -30,7 +31,6 @@ from effprof.estimator.scaling import (
     loss,
     of_tokens,
 )
-from effprof.model import PRESETS, architecture, presets
 
 TOKENS_EXPONENT = 0.28  # Hoffmann et al., arXiv 2203.15556, equation 10: 0.2849 before rounding
 SIZES_NEEDED = 4

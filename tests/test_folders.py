@@ -18,7 +18,7 @@ import pytest
 from helpers import run_cli
 from test_train import SMALL, losses, train
 
-from effprof import model
+from effprof import architectures
 from effprof.errors import EffprofError
 from effprof.trainer import checkpoint, data
 from effprof.trainer.lock import held
@@ -30,7 +30,7 @@ def own(tiny: str, texts: Path, tmp_path: Path) -> Iterator[tuple[str, Path]]:
     shutil.copy(tiny, tmp_path / "own.json")
     shutil.copytree(texts, tmp_path / "texts")
     yield str(tmp_path / "own.json"), tmp_path / "texts"
-    model._architecture.cache_clear()
+    architectures._architecture.cache_clear()
 
 
 def stopped(out: Path, tiny: str, texts: Path, *more: str) -> list[float]:
@@ -88,7 +88,7 @@ def test_another_model_under_the_same_name_is_refused(
     stopped(tmp_path / "run", *own)
     config = json.loads(Path(own[0]).read_text())
     Path(own[0]).write_text(json.dumps({**config, "rms_norm_eps": 0.1, "use_cache": False}))
-    model._architecture.cache_clear()
+    architectures._architecture.cache_clear()
     before = (tmp_path / "run" / "config.json").read_text()
     code, _, err = train(tmp_path / "run", *own, "--steps", "4", "--resume")
     assert (code, "rms_norm_eps" in err, "run/config.json" in err) == (2, True, True)
@@ -98,11 +98,11 @@ def test_another_model_under_the_same_name_is_refused(
 def test_a_run_goes_on_without_its_models_file(own: tuple[str, Path], tmp_path: Path) -> None:
     whole = stopped(tmp_path / "run", *own)
     Path(own[0]).unlink()
-    model._architecture.cache_clear()
+    architectures._architecture.cache_clear()
     out = tmp_path / "run"
     assert run_cli("train", "--config", out / "run.toml", "--out", out, "--resume")[0] == 0
     assert losses(out) == whole
-    model._ADMITTED.clear()
+    architectures._ADMITTED.clear()
 
 
 def test_a_users_copies_stay(tiny: str, texts: Path, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 from helpers import run_cli
 
 from effprof import gpus
+from effprof.architectures import PRESETS
 from effprof.errors import UsageError
-from effprof.model import PRESETS
 
 GIB = 2**30
 TABLE = tomllib.loads((PRESETS / "gpus.toml").read_text(encoding="utf-8"))

@@ -11,8 +11,9 @@ import pytest
 from conftest import CONFIGS
 from samples import TINY
 
+from effprof.architectures import _architecture, architecture, presets
+from effprof.configuration import from_config
 from effprof.errors import UsageError
-from effprof.model import _architecture, architecture, from_config, presets
 from effprof.plan import Plan
 from effprof.step import edited, work_out
 

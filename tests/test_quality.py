@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effprof import published, registry
+from effprof.architectures import PRESETS
 from effprof.errors import UsageError
 from effprof.estimator import scaling
 from effprof.estimator.estimate import estimate
 from effprof.estimator.quality import Quality, quality, unknown
-from effprof.model import PRESETS
 from effprof.plan import Plan
 
 ROOT = Path(__file__).parent.parent

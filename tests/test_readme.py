@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from helpers import run_cli
 
+from effprof.configuration import from_config
 from effprof.estimator.estimate import estimate
-from effprof.model import from_config
 from effprof.plan import Plan
 from effprof.units import GIB
 

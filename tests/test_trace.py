@@ -12,9 +12,9 @@ from helpers import record, run_cli, small
 
 from effprof import readers, registry
 from effprof import tape as tapes
+from effprof.architectures import admit
 from effprof.errors import EffprofError
 from effprof.estimator.estimate import estimate
-from effprof.model import admit
 from effprof.plan import Plan
 from effprof.snapshot import read, recorded_tape, snapshot
 from effprof.tracer.foreign import stand_in

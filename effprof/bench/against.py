@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from effprof import published, registry
+from effprof.architectures import PRESETS, architecture, presets
 from effprof.bench.results import Line
 from effprof.estimator.evidence import changed_settings
-from effprof.model import PRESETS, architecture, presets
 from effprof.published import Published
 
 

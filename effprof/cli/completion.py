@@ -31,7 +31,7 @@ def method_list(incomplete: str) -> list[str]:
 
 def models(incomplete: str) -> list[str]:
     """Presets; the shell adds files."""
-    from effprof.model import presets
+    from effprof.architectures import presets
 
     return _matching(dict.fromkeys(one["name"] for one in presets().values()), incomplete)
 

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
+from effprof.architectures import architecture, presets
 from effprof.cli import completion
-from effprof.model import Architecture, architecture, presets
+from effprof.model import Architecture
 
 NAME = "models"
 EPILOG = """\b

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from effprof.architectures import admit, architecture, presets
 from effprof.cli.flags import default_device, plan_from, read_table, refuse, with_plan_flags
 from effprof.errors import EffprofError, UsageError
 from effprof.files import cannot_write
-from effprof.model import admit, architecture, presets
 from effprof.plan import from_dict
 from effprof.units import parse_duration
 

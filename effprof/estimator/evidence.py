@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from effprof import registry
+from effprof.architectures import presets
 from effprof.fields import TARGETS
-from effprof.model import presets
 from effprof.plan import Plan
 from effprof.published import Published
 from effprof.recipe import Size, preset_of, resolve

@@ -16,7 +16,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from effprof.model import PRESETS
+from effprof.architectures import PRESETS
 
 BILLION = 1e9
 MARGIN = 0.5  # of what more or fewer tokens change, added to the interval: two series measured it

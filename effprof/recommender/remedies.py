@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from effprof import gpus
+from effprof.architectures import architecture, presets
 from effprof.errors import UsageError
 from effprof.estimator.estimate import estimate
 from effprof.gpus import Gpu
-from effprof.model import architecture, presets
 from effprof.plan import Plan, from_dict
 from effprof.recommender.choice import Limits
 from effprof.units import GIB

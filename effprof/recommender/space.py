@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from effprof import published, registry
+from effprof.architectures import nearest_size
 from effprof.errors import UsageError
 from effprof.estimator.quality import quality
 from effprof.fields import CHOICES
-from effprof.model import nearest_size
 from effprof.plan import Plan, from_dict
 from effprof.recommender.compare import common_lineage
 from effprof.recommender.instants import regular

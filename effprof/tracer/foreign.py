@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from effprof.architectures import admit
+from effprof.configuration import supported
 from effprof.errors import UsageError
 from effprof.fields import TARGETS
-from effprof.model import Architecture, admit, supported
+from effprof.model import Architecture
 from effprof.plan import Plan
 from effprof.trainer.apply import edit_model, linear_targets
 from effprof.trainer.build import ATTENTION, quiet_transformers

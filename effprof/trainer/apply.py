@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from effprof import registry
+from effprof.configuration import from_config
 from effprof.errors import UsageError, unknown
-from effprof.model import Architecture, Matrix, from_config
+from effprof.model import Architecture, Matrix
 from effprof.recipe import Recipe, Size, preset_of, resolve
 from effprof.registry import Tensor
 from effprof.trained import Trained, trained
 from effprof.trainer.layer import MethodLinear
-from effprof.trainer.optimizer import PAUSED, MethodOptimizer
+from effprof.trainer.optimizer import MethodOptimizer
+from effprof.trainer.turns import PAUSED
 
 _KINDS = {
     "q_proj": "q",

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effprof.architectures import presets
 from effprof.errors import EffprofError
 from effprof.files import write_folder
-from effprof.model import presets
 from effprof.plan import Plan, from_dict
 from effprof.step import work_out
 from effprof.trainer import checkpoint

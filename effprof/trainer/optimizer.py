@@ -5,21 +5,21 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from effprof.blockwise import dequantised, quantise
 from effprof.errors import UsageError
 from effprof.phase import phase
 from effprof.recipe import Recipe
-from effprof.registry import MASTER, Clock, Group, Layer, phases
+from effprof.registry import Clock, Group, Layer, phases
 from effprof.registry import Tensor as Declared
 from effprof.trained import Trained
+from effprof.trainer.cell import Cell, exists, masters_of, on_masters, readable, widened
 from effprof.trainer.layer import DTYPES, MethodLinear
-from effprof.trainer.rounding import round_stochastically
+from effprof.trainer.turns import activate, sometimes
 
 _IMPLEMENTATION = {
     "fused": {"fused": True},
@@ -28,22 +28,7 @@ _IMPLEMENTATION = {
 }
 
 
-@dataclass(slots=True)
-class Cell:
-    """Parameters trained together: what the step says of them, and their group."""
-
-    parameters: tuple[nn.Parameter, ...]
-    trained: Trained
-    group: Group
-
-    @property
-    def first(self) -> nn.Parameter:
-        """The parameter under which torch keeps the state."""
-        return self.parameters[0]
-
-
-# On a parameter: the hook that updates it in backward, and that its turn has not come.
-_HOOK, PAUSED = "_effprof_hook", "_effprof_paused"
+_HOOK = "_effprof_hook"  # on a parameter: what updates it in backward
 
 
 class MethodOptimizer(torch.optim.Optimizer):
@@ -83,7 +68,7 @@ class MethodOptimizer(torch.optim.Optimizer):
             members[one.hosted] += parameters
             self._cells.update(dict.fromkeys(parameters, cell))
         # Not updated, but with a gradient now and then, which scalers and clipping must see.
-        members[False] += [p for module in layers for p in _sometimes(module)]
+        members[False] += [p for module in layers for p in sometimes(module)]
         groups = [
             {"params": params, "hosted": hosted} for hosted, params in members.items() if params
         ]
@@ -99,7 +84,7 @@ class MethodOptimizer(torch.optim.Optimizer):
         if recipe.per_layer_update:
             for parameter in (p for p in self._cells if p.requires_grad):
                 self._listen(parameter)
-        self._activate()
+        activate(self.recipe, self._distinct, self._layers, self.clock)
         self._complete = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -235,10 +220,14 @@ class MethodOptimizer(torch.optim.Optimizer):
         restarts = ["restart" in phases(*one, self.clock.update) for one in hooked]
         self.clock.update += 1
         self.clock.since_restart += 1
+        wide = any(restarts) and self.recipe.master_weights != "none"
         for (half, settings), due in zip(hooked, restarts, strict=True):
-            with phase("restart") if due else contextlib.nullcontext(), self._restarting():
+            with (
+                phase("restart") if due else contextlib.nullcontext(),
+                on_masters(self._layers) if wide else contextlib.nullcontext(),
+            ):
                 self._after_step(half, settings, due=due)
-        self._activate()
+        activate(self.recipe, self._distinct, self._layers, self.clock)
         return loss
 
     def _after_step(self, half: Any, settings: Any, *, due: bool) -> None:
@@ -271,36 +260,11 @@ class MethodOptimizer(torch.optim.Optimizer):
         self.clock.update = update
         for cell in self._distinct:
             cell.group.age = update
-        self._activate()
+        activate(self.recipe, self._distinct, self._layers, self.clock)
         if getattr(self.recipe.halves.update, "ACTIVE_STATE", False):
             for cell in self._distinct:  # a turn that has begun
                 if update and cell.first.requires_grad and not cell.group.state:
                     self._begin(cell)
-
-    def _activate(self) -> None:
-        """Let exactly those tensors have a gradient that the coming update trains."""
-        matrices = [cell.group.matrix for cell in self._distinct]
-        wanted = [True] * len(matrices)
-        for half, settings in self.recipe.hooked():
-            if hasattr(half, "active"):
-                flags = half.active(matrices, self.clock, settings)
-                wanted = [a and b for a, b in zip(wanted, flags, strict=True)]
-        update_half = self.recipe.halves.update
-        for cell, needed in zip(self._distinct, wanted, strict=True):
-            for parameter in cell.parameters:
-                _differentiate(parameter, wanted=needed)
-            if not needed and getattr(update_half, "ACTIVE_STATE", False):
-                cell.group.release()
-        layer_half: Any = self.recipe.halves.layer
-        if not hasattr(layer_half, "differentiated"):
-            return
-        names = layer_half.differentiated(self.recipe.layer_settings, self.clock.update)
-        for layer in self._layers:
-            for name, tensor in layer.tensors.items():
-                if isinstance(tensor, nn.Parameter):
-                    tensor.requires_grad_(name in names)
-                    if name not in names:
-                        tensor.grad = None
 
     def _integer_in_backward(self, module: MethodLinear, name: str) -> None:
         self._update_in_backward(module.get_parameter(name))
@@ -352,73 +316,19 @@ class MethodOptimizer(torch.optim.Optimizer):
         names = ["weight"] if len(group.tensors) == 1 else [t.name for t in trained.tensors]
         group.gradients = dict(zip(names, gradients, strict=True))
         gradients.clear()
-        with self._widened(cell), self._readable(cell, half):
+        with widened(cell, self.recipe, self.clock.update), readable(cell, half):
             half.update(group, self.clock, settings)
             group.gradients = {}
         group.age += 1
 
     def _begin(self, cell: Cell) -> None:
         """Allocate a cell's state, all zero."""
-        declared = [one for one in cell.trained.state if _exists(one, cell.first)]
+        declared = [one for one in cell.trained.state if exists(one, cell.first)]
         cell.group.state.update({one.name: self._zeros(one, cell.first) for one in declared})
         for name, master in masters_of(cell.group).items():
             master.copy_(cell.group.tensors[name])
         if getattr(self.recipe.halves.update, "ACTIVE_STATE", False):
             cell.group.age = 0
-
-    @contextlib.contextmanager
-    def _widened(self, cell: Cell) -> Iterator[None]:
-        """The group's weights and gradients in fp32 while a half works, where the recipe says so;
-        then the weights rounded.
-        """
-        if not self.recipe.wide:
-            yield
-            return
-        group, narrow = cell.group, cell.group.tensors
-        group.gradients = {name: one.float() for name, one in group.gradients.items()}
-        group.tensors = masters_of(group) or {name: one.float() for name, one in narrow.items()}
-        yield
-        seed = (group.seed * 1_000_003 + self.clock.update) % 2**63
-        for name, wide in group.tensors.items():
-            if self.recipe.rounding == "stochastic":
-                round_stochastically(wide, narrow[name], seed)
-            else:
-                narrow[name].copy_(wide)
-        group.tensors = narrow
-
-    @contextlib.contextmanager
-    def _restarting(self) -> Iterator[None]:
-        """Merges and refactorizations work on the masters, where there are any."""
-        hooked = self.recipe.hooked()
-        due = any("restart" in phases(half, s, self.clock.update - 1) for half, s in hooked)
-        if self.recipe.master_weights == "none" or not due:
-            yield
-            return
-        narrow = [(layer, layer.tensors) for layer in self._layers]
-        for layer, tensors in narrow:
-            layer.tensors = {**tensors, **_masters(layer)}
-        yield
-        for layer, tensors in narrow:
-            for name, wide in _masters(layer).items():
-                tensors[name].copy_(wide)
-            layer.tensors = tensors
-
-    @contextlib.contextmanager
-    def _readable(self, cell: Cell, half: Any) -> Iterator[None]:
-        """The group's quantised states as fp32 while a half that cannot read them works."""
-        quantised, group = cell.trained.quantised, cell.group
-        if not quantised or getattr(half, "NATIVE_8BIT", False):
-            yield
-            return
-        stored = group.state
-        names = {declared.name for declared in cell.trained.plain}
-        group.state = {name: value for name, value in stored.items() if name in names}
-        for declared in quantised:
-            group.state[declared.name] = dequantised(stored, declared.name)
-        yield
-        for declared in quantised:
-            quantise(stored, declared.name, group.state.pop(declared.name))
-        group.state = stored
 
     def _zeros(self, declared: Declared, parameter: Tensor) -> Tensor:
         name = declared.dtype
@@ -464,7 +374,7 @@ class MethodOptimizer(torch.optim.Optimizer):
         self._sow()
         self._link_states()
         self._link_torch(self._torch)
-        self._activate()
+        activate(self.recipe, self._distinct, self._layers, self.clock)
 
     def room(
         self, index: int, name: str, shape: Sequence[int], dtype: torch.dtype
@@ -512,50 +422,3 @@ class MethodOptimizer(torch.optim.Optimizer):
     def _counts(self, name: str, parameter: Tensor) -> bool:
         hosted = self._cells[cast("nn.Parameter", parameter)].trained.hosted
         return name == "step" and hosted and self.recipe.optimizer_impl != "fused"
-
-
-def masters_of(group: Group) -> dict[str, Tensor]:
-    """The fp32 copies of a group's tensors, by the tensors' names; empty where there are none."""
-    if len(group.tensors) == 1:
-        (only,) = group.tensors
-        return {only: group.state[MASTER]} if MASTER in group.state else {}
-    names = {name: f"{MASTER}.{name}" for name in group.tensors}
-    return {name: group.state[key] for name, key in names.items() if key in group.state}
-
-
-def _masters(layer: Layer) -> dict[str, Tensor]:
-    """The fp32 copies of a layer's tensors, by the layer's names."""
-    found: dict[str, Tensor] = {}
-    for name, group in layer.groups.items():
-        masters = masters_of(group)
-        found |= {name: masters["weight"]} if masters.keys() == {"weight"} else masters
-    return found
-
-
-def _exists(declared: Declared, parameter: Tensor) -> bool:
-    """An upcast of an fp32 tensor would be the tensor itself."""
-    return declared.dtype != "upcast" or parameter.dtype != torch.float32
-
-
-def _differentiate(parameter: nn.Parameter, *, wanted: bool) -> None:
-    """Whether a parameter has a gradient in the coming update; an old one is freed.
-
-    What someone else froze stays frozen.
-    """
-    if not wanted and parameter.requires_grad:
-        parameter.requires_grad_(False)
-        parameter.grad = None
-        setattr(parameter, PAUSED, True)
-    elif wanted and getattr(parameter, PAUSED, False):
-        parameter.requires_grad_(True)
-        setattr(parameter, PAUSED, False)
-
-
-def _sometimes(module: MethodLinear) -> list[nn.Parameter]:
-    """A layer's tensors that are differentiated in some updates, and trained in none."""
-    half: Any = module.layer_half
-    if not hasattr(half, "differentiated"):
-        return []
-    names = half.differentiated(module.settings, 0)
-    declared = {one.name for one in half.weights(module.matrix, module.settings) if one.trainable}
-    return [module.get_parameter(name) for name in sorted(names - declared)]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from effprof.architectures import architecture
 from effprof.errors import EffprofError, UsageError
-from effprof.model import architecture
 from effprof.plan import Plan
 from effprof.trainer.build import quiet_transformers
 from effprof.trainer.layer import MethodLinear

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from effprof.architectures import nearest_size
 from effprof.errors import EffprofError, UsageError, unknown
 from effprof.fields import flag
 from effprof.files import to_toml, write_whole
-from effprof.model import nearest_size
 from effprof.plan import Plan
 from effprof.registry import INTEGERS
 from effprof.step import work_out

@@ -25,9 +25,10 @@ from effprof.recipe import Recipe
 from effprof.registry import Layer
 from effprof.shards import owners, rounds, rows_held
 from effprof.trained import Trained, cost
+from effprof.trainer.cell import Cell
 from effprof.trainer.distributed import local
 from effprof.trainer.layer import DTYPES, MethodLinear
-from effprof.trainer.optimizer import Cell, MethodOptimizer
+from effprof.trainer.optimizer import MethodOptimizer
 from effprof.trainer.step import Whole
 
 
