@@ -17,8 +17,10 @@ import torch
 from helpers import run_cli, small
 
 from effprof.errors import EffprofError
-from effprof.trainer.corpus import DatasetCorpus, FileCorpus, corpus, held_out, key_of
+from effprof.trainer.corpus import corpus
 from effprof.trainer.data import IGNORED, Batches, StreamBatches, make_batch, rows
+from effprof.trainer.documents import FileCorpus, held_out, key_of
+from effprof.trainer.streams import DatasetCorpus
 from effprof.trainer.tokenizer import tokenizer
 
 CPU = torch.device("cpu")

@@ -21,7 +21,8 @@ from torch import Tensor
 from effprof.errors import EffprofError
 from effprof.files import cannot_write, home
 from effprof.plan import Plan
-from effprof.trainer.corpus import DatasetCorpus, FileCorpus
+from effprof.trainer.documents import FileCorpus
+from effprof.trainer.streams import DatasetCorpus
 from effprof.units import quantity
 
 IGNORED = -100  # transformers' label of a position without a target

@@ -17,8 +17,8 @@ from effprof.plan import Plan, from_dict
 from effprof.step import work_out
 from effprof.trainer import checkpoint
 from effprof.trainer.build import build_model, quiet_transformers, skeleton
+from effprof.trainer.folder import read_tables
 from effprof.trainer.layer import MethodLinear
-from effprof.trainer.run import read_tables
 
 
 @torch.no_grad()

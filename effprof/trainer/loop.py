@@ -18,12 +18,13 @@ from effprof.trainer.data import StreamBatches
 from effprof.trainer.distributed import whole
 from effprof.trainer.evaluate import Validation, evaluate
 from effprof.trainer.finish import Outcome
+from effprof.trainer.folder import open_folder, say_damaged
 from effprof.trainer.launch import world
 from effprof.trainer.ledger import Ledger
 from effprof.trainer.lock import held
 from effprof.trainer.norms import UpdateNorm, gradient_norm
 from effprof.trainer.pending import Pending
-from effprof.trainer.run import Run, open_folder, say_damaged
+from effprof.trainer.run import Run
 from effprof.trainer.saver import Saver
 from effprof.trainer.session import Session
 from effprof.trainer.step import training_step

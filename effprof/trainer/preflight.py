@@ -19,7 +19,8 @@ from effprof.step import Step, work_out
 from effprof.trainer import launch
 from effprof.trainer.build import resolve_device
 from effprof.trainer.corpus import corpus
-from effprof.trainer.run import Run, open_folder
+from effprof.trainer.folder import open_folder
+from effprof.trainer.run import Run
 from effprof.trainer.tokenizer import tokenizer
 
 

@@ -5,22 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import sys
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from effprof.architectures import nearest_size
-from effprof.errors import EffprofError, UsageError, unknown
+from effprof.errors import UsageError, unknown
 from effprof.fields import flag
 from effprof.files import to_toml, write_whole
 from effprof.plan import Plan
 from effprof.registry import INTEGERS
 from effprof.step import work_out
-from effprof.trainer import checkpoint, guard, pretrained, schedule, sinks
+from effprof.trainer import guard, pretrained, schedule, sinks
 from effprof.trainer.checkpoint import Keep
 
 BRIEF, BRIEF_BATCHES = 100, 16  # fewer updates than this, and what then is validated
@@ -266,95 +263,3 @@ def default_lr(plan: Plan) -> float:
     """The learning rate published for the nearest size, by the half that sets it."""
     rates = plan.halves.facts.lr or plan.halves.update.FACTS.lr
     return rates[nearest_size(tuple(rates), plan.architecture.parameters)]
-
-
-def open_folder(run: Run, *, resume: bool) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to go on from, or None for a start. A folder in use is never overwritten.
-
-    Raises UsageError for a folder that is not this run's, EffprofError for one that cannot be used.
-    """
-    check_place(run.out)
-    # What begins with a dot is of a process that was killed before anything was whole.
-    used = run.out.is_dir() and any(one.name[0] != "." for one in run.out.iterdir())
-    if used and not resume:
-        raise UsageError(
-            f"The folder {str(run.out)!r} is not empty.",
-            "Add --resume to go on, or give another --out.",
-        )
-    found = checkpoint.newest(run.out, say_damaged) if used else None
-    if used:
-        _check_same(run, found[1]["run"] if found else _tables_of(run))
-    if used and found is None:
-        _say_anew(run.out)
-    return found
-
-
-def check_place(out: Path) -> None:
-    """Raise UsageError for what cannot be a run's folder, EffprofError for one that cannot be
-    written.
-    """
-    try:
-        if out.is_symlink() and not out.exists():
-            raise UsageError(f"--out {str(out)!r} is a link to nothing.", "Give another --out.")
-        if out.exists() and not out.is_dir():
-            raise UsageError(f"--out {str(out)!r} is not a folder.", "Give another --out.")
-    except OSError as problem:  # too long a name
-        raise UsageError(f"--out cannot be used: {problem.strerror}.", "Give another.") from None
-    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise EffprofError(f"The folder {str(nearest)!r} cannot be written.", "Give another --out.")
-
-
-def _say_anew(out: Path) -> None:
-    """A run without a checkpoint begins again, unless it has ended: its checkpoints were deleted.
-
-    Raises UsageError.
-    """
-    if (out / "summary.json").is_file():
-        raise UsageError(
-            f"{str(out)!r} holds a run that has ended, and no checkpoint to go on from.",
-            "Give another --out.",
-        )
-    sys.stderr.write(f"{out} holds no checkpoint yet: training begins at step 0.\n")
-
-
-def read_tables(path: Path) -> dict[str, Any]:
-    """The plan and train tables of a run.toml. Raises UsageError where it is not one."""
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        return {"plan": dict(tables["plan"]), "train": dict(tables["train"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(
-            f"The folder {str(path.parent)!r} is not empty and not a run of effprof.",
-            "Give another --out folder.",
-        ) from None
-
-
-def _tables_of(run: Run) -> dict[str, Any]:
-    """What a folder without a checkpoint says of its run; of its model's file nothing."""
-    return read_tables(run.out / "run.toml") | {"architecture": run.identity()["architecture"]}
-
-
-def say_damaged(path: Path) -> None:
-    """Tell of a checkpoint that was passed over."""
-    sys.stderr.write(f"Warning: {path} is damaged and was passed over.\n")
-
-
-# How many processes share an update's rows, and how: the same --global-batch is the same update.
-_MAY_DIFFER = ("gpus", "grad_accum", "parallel")
-
-
-def _check_same(run: Run, before: Mapping[str, Any]) -> None:
-    """A resumed run must be the run that was, in everything that decides its losses."""
-    wanted = json.loads(json.dumps(run.identity()))
-    hints = {"architecture": f"The model it was started with is {run.out / 'config.json'}."}
-    usual = f"Type --config {run.out / 'run.toml'} --out {run.out} --resume."
-    for table, values in wanted.items():
-        found = before.get(table, {})
-        for key in values.keys() | (found.keys() if table == "architecture" else ()):
-            old, value = found.get(key), values.get(key)
-            if old != value and key not in _MAY_DIFFER:
-                raise UsageError(
-                    f"{str(run.out)!r} was started with {key} = {old!r}, not {value!r}.",
-                    hints.get(table, usual),
-                )

@@ -17,15 +17,17 @@ from effprof.files import write_folder
 from effprof.measure.device import DeviceMeter
 from effprof.trainer import checkpoint, schedule
 from effprof.trainer.build import build
-from effprof.trainer.corpus import FileCorpus, ShardCorpus, corpus
+from effprof.trainer.corpus import corpus
 from effprof.trainer.data import Batches, Rows, StreamBatches, rows
 from effprof.trainer.distributed import engine, local
+from effprof.trainer.documents import FileCorpus
 from effprof.trainer.feed import Drawn, Feed, Source
 from effprof.trainer.guard import Guard
 from effprof.trainer.launch import world
 from effprof.trainer.optimizer import MethodOptimizer
 from effprof.trainer.pretrained import load_pretrained
 from effprof.trainer.run import Run
+from effprof.trainer.streams import ShardCorpus
 from effprof.trainer.tokenizer import tokenizer, vocabulary
 
 _HOST = torch.device("cpu")

@@ -12,7 +12,8 @@ from typing import Any
 
 from effprof.errors import UsageError
 from effprof.files import home, write_whole
-from effprof.trainer.corpus import DatasetCorpus, FileCorpus
+from effprof.trainer.documents import FileCorpus
+from effprof.trainer.streams import DatasetCorpus
 
 END = "<|endoftext|>"
 MAX_VOCAB = 8192
