@@ -29,6 +29,15 @@ def presets() -> dict[str, dict[str, Any]]:
     return named
 
 
+def known(model: str) -> bool:
+    """Whether a preset has this name, or a file or folder is there."""
+    return _preset(model) is not None or Path(model).exists()
+
+
+def _preset(model: str) -> dict[str, Any] | None:
+    return presets().get(model.lower().replace("_", "-"))
+
+
 def admit(model: str, shape: Architecture) -> None:
     """Let a model's name stand for this architecture."""
     _ADMITTED[model] = shape
@@ -45,7 +54,7 @@ def architecture(model: str) -> Architecture:
 @functools.cache
 def _architecture(model: str) -> Architecture:
     path = Path(model)
-    preset = presets().get(model.lower().replace("_", "-"))
+    preset = _preset(model)
     if preset is None and (model.endswith(".json") or path.is_dir()):
         file = path / "config.json" if path.is_dir() else path
         try:

@@ -22,8 +22,8 @@ def check_combinations(plan: Plan) -> None:
     shape = plan.architecture
     if plan.attention != "eager" and shape.eager:
         raise UsageError(
-            f"{shape.model_type} caps attention scores, which --attention {plan.attention} cannot "
-            f"do.",
+            f"{shape.model_type} caps attention scores: transformers has only its own attention "
+            f"for it, not --attention {plan.attention}.",
             "Use --attention eager.",
         )
     aligned = 4 if plan.compute_dtype == "fp32" else 8

@@ -39,12 +39,12 @@ class NoDeviceError(EffprofError):
 
 
 class StoppedError(EffprofError):
-    """A run was stopped, or its time was up, before its first update."""
+    """A run was stopped before its first update."""
 
     def __init__(self, code: int) -> None:
         super().__init__(
-            "Stopped while its text was prepared: nothing has been trained.",
-            "The same command begins again.",
+            "Stopped while its text was prepared: no update was made.",
+            "The same command prepares it again.",
         )
         self.exit_code = code
 

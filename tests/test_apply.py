@@ -154,6 +154,15 @@ def test_an_mlp_that_is_left_keeps_its_activation(part: str, kept: bool) -> None
     assert (mlp.act_fn is before) is kept
 
 
+def test_an_mlp_whose_activation_is_elsewhere_is_refused() -> None:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**shape, num_attention_heads=2, vocab_size=64))
+    with pytest.raises(UsageError, match="is not where effprof knows it"):
+        effprof.apply(model, "cola", rank=4, from_dense=False, keep_activation=False)
+
+
 def test_a_schedulers_rate_and_the_methods_factor_multiply() -> None:
     model = effprof.apply(plain_model(), "lowrank-restarts", rank=4, restart_every=5)
     optimizer = effprof.optimizer(model, "lowrank-restarts", lr=1.0)

@@ -123,6 +123,28 @@ def test_a_run_that_ended_does_not_begin_again(tiny: str, texts: Path, tmp_path:
     assert len(losses(out)) == 2
 
 
+def test_other_data_are_refused_before_they_are_read(own: tuple[str, Path], tmp_path: Path) -> None:
+    stopped(tmp_path / "run", *own)
+    before = (tmp_path / "run" / "run.toml").read_text()
+    other = tmp_path / "other.txt"
+    other.write_text("other text\n\n" * 2000)
+    code, _, err = train(tmp_path / "run", own[0], other, "--steps", "4", "--resume")
+    assert (code, "run.toml names" in err, "Tokenising" in err) == (1, True, False)
+    assert (tmp_path / "run" / "run.toml").read_text() == before
+    shutil.rmtree(checkpoint.place(tmp_path / "run", 2))
+    (tmp_path / "run" / "summary.json").unlink()
+    code, _, err = train(tmp_path / "run", own[0], other, "--steps", "4", "--resume")
+    assert (code, "data = " in err) == (2, True)
+
+
+def test_what_cannot_be_a_folder(tiny: str, texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for name, words in (("file", "not a folder"), ("link", "link to nothing"), ("x" * 300, "long")):
+        code, _, err = train(tmp_path / name, tiny, texts, "--steps", "1")
+        assert (code, words in err) == (2, True)
+
+
 def test_another_tokenizer_is_refused(own: tuple[str, Path], tmp_path: Path) -> None:
     stopped(tmp_path / "run", *own)
     path = tmp_path / "run" / "tokenizer" / "tokenizer.json"
@@ -147,7 +169,7 @@ def test_a_signal_ends_tokenising(
 
     monkeypatch.setattr(data, "_tokenised", documents)
     code, _, err = train(tmp_path / "run", tiny, texts, "--steps", "2")
-    assert (code, "nothing has been trained" in err) == (143, True)
+    assert (code, "no update was made" in err) == (143, True)
     assert not list((tmp_path / "home" / "tokens").iterdir())
     assert not (tmp_path / "run").exists()
 

@@ -79,7 +79,7 @@ def test_the_environments_allocator_is_the_plans(gpu: pytest.MonkeyPatch, tmp_pa
     assert code == 2
     assert "PYTORCH_CUDA_ALLOC_CONF=backend:cudaMallocAsync" in err
     gpu.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    with pytest.raises(UsageError, match="the plan has the default"):
+    with pytest.raises(UsageError, match="the plan's is default"):
         resolve_device("cuda", "default")
 
 

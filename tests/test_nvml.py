@@ -208,6 +208,10 @@ def test_the_first_gpu_is_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first(WHOLE) == WHOLE[0]
     with pytest.raises(EffprofError, match="fastest first"):
         first(devices)
+    for index in "01":
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", index)
+        with pytest.raises(EffprofError, match="fastest first"):
+            first(devices)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1b")
     assert first(devices) == devices[1]
 

@@ -132,7 +132,11 @@ def command(
         raise UsageError("Where are the results to lie?", "Add --out runs/bench.")
 
     from effprof.bench.run import Bench, Options
+    from effprof.trainer.build import check_environment
 
+    for arm in () if summary else asked.arms:
+        if arm.plan.device == "cuda":
+            check_environment(arm.plan.allocator)
     bench = Bench(asked, out, Options(jobs, threads, limit, keep, retry_failed))
     if not summary and not as_json:
         _show_cost(asked, None, answer=False, as_json=False)

@@ -71,9 +71,10 @@ def command(
             "--validate has no effect with --gpus: a probe runs one process.", "Leave one out."
         )
     if validate:
-        from effprof.trainer.build import resolve_device
+        from effprof.trainer.build import check_environment, resolve_device
 
-        resolve_device(str(space.values.get("device", "cuda")))
+        if resolve_device(str(space.values.get("device", "cuda"))).type == "cuda":
+            check_environment(space.values.get("allocator", "default"))
     if price_per_hour is not None and "tokens" not in space.values:
         raise UsageError(
             "--price-per-hour has no effect without --tokens.", "Add for example --tokens 13.1B."
@@ -188,7 +189,7 @@ def _limited(card: Gpu, given: int | None, free: int | None = None) -> tuple[Gpu
             f"--max-memory {gib(given)} has no effect: {card.title} has {gib(card.memory)}.",
             "Leave --max-memory out.",
         )
-    return card, given or free or card.memory
+    return card, next(one for one in (given, free, card.memory) if one is not None)
 
 
 def _here() -> tuple[Gpu, int | None] | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from effprof.architectures import admit, architecture, presets
+from effprof.architectures import admit, architecture, known
 from effprof.cli.flags import default_device, plan_from, read_table, refuse, with_plan_flags
 from effprof.errors import EffprofError, UsageError
 from effprof.files import cannot_write
@@ -204,16 +204,18 @@ def _own(base: dict[str, Any], flags: Mapping[str, Any], init_from: str | None) 
 
 
 def _begun(out: Path, flags: Mapping[str, Any]) -> bool:
-    """Whether a folder holds a run's model: where the file that it was made from is gone, that
-    stands for it.
+    """Whether a folder has a checkpoint to go on from. Where the file of its model is gone, the
+    folder's own stands for it.
     """
-    kept = out / "config.json"
-    if not kept.is_file():
-        return False
-    model = flags.get("model") or read_table(flags.get("config"), "plan").get("model")
-    if isinstance(model, str) and model not in presets() and not Path(model).exists():
-        admit(model, dataclasses.replace(architecture(str(kept)), name=Path(model).stem))
-    return True
+    from effprof.trainer.checkpoint import last_step
+
+    kept, model = out / "config.json", flags.get("model")
+    model = model or read_table(flags.get("config"), "plan").get("model")
+    if kept.is_file() and isinstance(model, str) and not known(model):
+        path = Path(model)
+        folder = path.parent if path.name == "config.json" else path
+        admit(model, dataclasses.replace(architecture(str(kept)), name=folder.stem))
+    return last_step(out) is not None
 
 
 def _new(folder: Path) -> Path:

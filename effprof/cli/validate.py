@@ -123,11 +123,13 @@ def _plans(flags: Mapping[str, Any], plans: Path | None) -> list[Any]:
     refuse(flags, tuple(name for name in flags if name != "device"), "--plans: each line is whole")
     from effprof.cli.flags import default_device
     from effprof.prober.validate import plans_of
-    from effprof.trainer.build import resolve_device
+    from effprof.trainer.build import check_environment, resolve_device
 
     found = plans_of(plans, lambda: str(default_device(flags)["device"]))
-    for device in {plan.device for plan in found}:
-        resolve_device(device)
+    for one in found:
+        resolve_device(one.device)
+        if one.device == "cuda":
+            check_environment(one.allocator)
     return found
 
 

@@ -60,7 +60,7 @@ def _changes(result: Estimate) -> Iterator[dict[str, Any]]:
         yield {"zero_grad": "none"}
     if in_update and plan.optimizer_impl != "fused" and plan.state_dtype == "same":
         yield {"optimizer_impl": "fused"}
-    if not in_update and plan.attention != "sdpa" and not plan.architecture.attention_softcap:
+    if not in_update and plan.attention != "sdpa" and not plan.architecture.eager:
         yield {"attention": "sdpa"}
     if not in_update and plan.loss == "standard":
         yield {"loss": "chunked"}

@@ -39,6 +39,7 @@ BANDWIDTH = 0.85
 DECOMPOSITION = 0.8e12
 LAUNCH = 3e-6  # seconds between two kernels of a busy stream
 DISPATCH = 8e-6  # seconds of the host per kernel: Python, autograd and the dispatcher
+HOST_SLOWER = 2.0  # a model's Python per kernel over that of one addition, about
 # Nine of ten published runs on an A100 or H100 lie within (benchmarks/throughput.py), and of the
 # CPU runs after one probe (benchmarks/time_accuracy.py). Other cards have no such test.
 SPREAD = 0.25
@@ -199,7 +200,7 @@ def paced(plan: Plan, rates: Rates, steady: float, card: Gpu = DEFAULT) -> Rates
     parts = [sides(one, rates, on_cpu=on_cpu) for k, one in found.items() if k != "refresh"]
     if on_cpu:
         return dataclasses.replace(rates, pace=steady / sum(map(sum, parts)))
-    if sum(device for device, _ in parts) > sum(host for _, host in parts):
+    if sum(device for device, _ in parts) > HOST_SLOWER * sum(host for _, host in parts):
         return dataclasses.replace(rates, pace=_pace(parts, steady))
     pace = _pace([(host, device) for device, host in parts], steady)
     return dataclasses.replace(rates, dispatch=pace * rates.dispatch)

@@ -57,7 +57,7 @@ def first(devices: Sequence[Device]) -> Device | None:
     Raises EffprofError where the GPUs differ and the driver counts them in another order.
     """
     seen = visible(devices)
-    if seen.note == _ORDER and len(seen.devices) > 1:
+    if seen.note == _ORDER:
         raise EffprofError(
             "Which GPU is meant? They differ, and CUDA counts the fastest first, the driver by "
             "their place.",

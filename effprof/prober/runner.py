@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from effprof.estimator.time import Rates, paced
+from effprof.estimator.time import HOST_SLOWER, Rates, paced
 from effprof.measure import rates
 from effprof.measure.recorder import Recorder, pointers
 from effprof.measure.sampler import INTERVAL
@@ -40,7 +40,6 @@ from effprof.units import duration
 
 STEADY_UPDATES = 2  # beside a first one and each periodic one
 _APART = 4.0  # beyond that the machine was busy with something else, or the rates are wrong
-_SLOWER = 2.0  # a model's Python per kernel over that of one addition
 Emit = Callable[..., None]
 
 
@@ -209,8 +208,9 @@ class Runner:
         try:
             found: dict[str, Any] = rates.measured(self.plan, self.device)
             own = paced(self.plan, Rates(**found), steady, where.card())
-            for pace in (own.pace, own.dispatch / found["dispatch"] / _SLOWER):
-                if not 1 / _APART < pace < _APART:
+            host = own.dispatch / found["dispatch"]
+            for pace, expected in ((own.pace, 1.0), (host, HOST_SLOWER)):
+                if pace != 1 and not 1 / _APART < pace / expected < _APART:
                     raise RuntimeError(f"a step takes {pace:.2f} times its kernels measured alone")
         except Exception as problem:  # noqa: BLE001 - the probe itself is whole without them
             self.emit("no rates", why=f"{type(problem).__name__}: {problem}")

@@ -37,16 +37,20 @@ def nothing(chooser: Chooser, card: Gpu, limits: Limits) -> tuple[Choice | None,
         dropped = [name for name in given if name in names]
         found = _without(dropped, objective, chooser, card) if dropped else None
         if found is not None and (loosened := _loosened(dropped, found, limits)):
-            kept = [f"{_FLAGS[one]} {getattr(limits, one):g}" for one in given if one not in names]
+            kept = [
+                f"{_FLAGS[one]} {getattr(limits, one):.9g}" for one in given if one not in names
+            ]
             lead = f"with {' and '.join(kept)} " if kept else ""
             told.append(lead + _reached(dropped, found, limits))
             ways += loosened
             best = best or found
     if best is None:  # neither respect is alone in the way
         for objective, names in _RESPECTS.items():
-            best = _without(given, objective, chooser, card)
-            if best is not None:
-                told.append(_reached([name for name in given if name in names], best, limits))
+            own = [name for name in given if name in names]
+            one = _without(given, objective, chooser, card) if own else None
+            if one is not None:
+                told.append(_reached(own, one, limits))
+                best = one
         ways = _loosened(given, best, limits) if best is not None else []
     asked = " and ".join(_FLAGS[name] for name in given)
     words = f"Plans fit into memory, but none of them keeps {asked}: {'; '.join(told)}."

@@ -348,11 +348,11 @@ def edit_model(model: nn.Module, changes: dict[str, Any], taken: Collection[nn.M
     """What a method changes outside the matrices: the activation of an MLP whose matrices are
     ``taken``.
     """
-    mlps = [module for module in model.modules() if hasattr(module, "down_proj")]
-    mlps = [module for module in mlps if module.down_proj in taken]
-    if not changes or not mlps:
+    outside = [name for name, one in model.named_modules() if one in taken and "att" not in name]
+    if not changes or not outside:
         return
-    gated = [module for module in mlps if hasattr(module, "act_fn")]
+    known = [m for m in model.modules() if hasattr(m, "act_fn") and hasattr(m, "down_proj")]
+    gated = [module for module in known if module.down_proj in taken]
     if not gated or changes != {"activation": "linear"}:
         raise UsageError(
             "This model's MLP activation is not where effprof knows it.",

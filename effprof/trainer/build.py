@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from effprof.allocator import configuration, of_environment
+from effprof.allocator import Settings, configuration, of_environment
 from effprof.errors import NoDeviceError, UsageError, said
 from effprof.plan import Plan
 from effprof.step import Step, Unit, layer_of, work_out
@@ -61,14 +61,21 @@ def resolve_device(name: str, allocator: str | None = None) -> torch.device:
             raise NoDeviceError(
                 "No CUDA GPU is available here.", "Add --device cpu to run on the CPU."
             )
-        if allocator == "default" and (theirs := of_environment()) != allocator:
-            raise UsageError(
-                f"The environment sets the allocator to {theirs}, the plan has the default.",
-                f"Add --allocator {theirs}, or unset PYTORCH_CUDA_ALLOC_CONF.",
-            )
+        if allocator is not None:
+            check_environment(allocator)
         if allocator not in (None, "default"):
             torch._C._accelerator_setAllocatorSettings(configuration(allocator))
     return torch.device(name)
+
+
+def check_environment(allocator: str) -> None:
+    """Raise UsageError where the environment sets an allocator that is not the plan's."""
+    theirs = of_environment()
+    if theirs != "default" and Settings.of(theirs) != Settings.of(allocator):
+        raise UsageError(
+            f"The environment sets the allocator to {theirs}, the plan's is {allocator}.",
+            f"Type --allocator {theirs}, or unset PYTORCH_ALLOC_CONF and PYTORCH_CUDA_ALLOC_CONF.",
+        )
 
 
 def build_model(

@@ -4,6 +4,7 @@ state.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -188,8 +189,9 @@ def _save(
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     told, count = time.monotonic(), 0
     for old in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
-        if time.time() - old.stat().st_mtime > _STALE:
-            old.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - old.stat().st_mtime > _STALE:
+                old.unlink()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:

@@ -36,13 +36,14 @@ class FileCorpus:
 
         Raises EffprofError for a file that cannot be read.
         """
-        sizes = [path.stat().st_size for path in self.files]
-        found = hashlib.sha256()
+        found, path = hashlib.sha256(), Path()
         try:
+            sizes = [path.stat().st_size for path in self.files]
             for path, size in zip(self.files, sizes, strict=True):
                 found.update(f"{path.name}\0{size}\0".encode())
                 if sum(sizes) <= _DIGESTED:
-                    found.update(path.read_bytes())
+                    with open(path, "rb") as file:
+                        found.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as problem:
             raise EffprofError(
                 f"Cannot read {str(path)!r}: {problem.strerror}.", "See --data."

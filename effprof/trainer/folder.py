@@ -32,6 +32,7 @@ def open_folder(run: Run, *, resume: bool) -> tuple[Path, dict[str, Any]] | None
     if used:
         _check_same(run, found[1]["run"] if found else _tables_of(run))
     if used and found is None:
+        _check_data(run)
         _say_anew(run.out)
     return found
 
@@ -82,13 +83,23 @@ def _tables_of(run: Run) -> dict[str, Any]:
     return read_tables(run.out / "run.toml") | {"architecture": run.identity()["architecture"]}
 
 
+def _check_data(run: Run) -> None:
+    """Where no checkpoint knows what the data were, their place must be the same."""
+    before = read_tables(run.out / "run.toml")["train"].get("data")
+    if before != run.data:
+        raise UsageError(
+            f"{str(run.out)!r} was started with data = {before!r}, not {run.data!r}.",
+            "Give another --out.",
+        )
+
+
 def say_damaged(path: Path) -> None:
     """Tell of a checkpoint that was passed over."""
     sys.stderr.write(f"Warning: {path} is damaged and was passed over.\n")
 
 
 # How many processes share an update's rows, and how: the same --global-batch is the same update.
-_MAY_DIFFER = ("gpus", "grad_accum", "parallel")
+_MAY_DIFFER = ("gpus", "grad_accum", "parallel", "allocator")
 
 
 def _check_same(run: Run, before: Mapping[str, Any]) -> None:
@@ -98,7 +109,7 @@ def _check_same(run: Run, before: Mapping[str, Any]) -> None:
     usual = f"Type --config {run.out / 'run.toml'} --out {run.out} --resume."
     for table, values in wanted.items():
         found = before.get(table, {})
-        for key in values.keys() | (found.keys() if table == "architecture" else ()):
+        for key in sorted(values.keys() | (found.keys() if table == "architecture" else set())):
             old, value = found.get(key), values.get(key)
             if old != value and key not in _MAY_DIFFER:
                 raise UsageError(

@@ -25,7 +25,6 @@ def held(out: Path) -> Iterator[None]:
     """
     path = out / _NAME
     try:
-        out.mkdir(parents=True, exist_ok=True)
         file = _locked(path)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -44,6 +43,7 @@ def held(out: Path) -> Iterator[None]:
 def _locked(path: Path) -> IO[str]:
     """The file, locked. Raises EffprofError where another process has it, OSError."""
     while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - it is the lock
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

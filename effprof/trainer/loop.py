@@ -18,7 +18,7 @@ from effprof.trainer.data import StreamBatches
 from effprof.trainer.distributed import whole
 from effprof.trainer.evaluate import Validation, evaluate
 from effprof.trainer.finish import Outcome
-from effprof.trainer.folder import open_folder, say_damaged
+from effprof.trainer.folder import check_place, open_folder, say_damaged
 from effprof.trainer.launch import world
 from effprof.trainer.ledger import Ledger
 from effprof.trainer.lock import held
@@ -40,6 +40,7 @@ def train(run: Run, *, resume: bool = False, force: bool = False) -> Outcome:
     Raises EffprofError; nothing already written is lost.
     """
     here = world()
+    check_place(run.out)
     with (
         SharedStop(run.time_limit or None, here)
         if here.size > 1
@@ -57,7 +58,7 @@ def train(run: Run, *, resume: bool = False, force: bool = False) -> Outcome:
         ready = preflight.prepare(run, force=force)
         session = Session(
             *(run, ready.device, ready.expected, ready.machine),
-            fresh=found is None,
+            found=found[1] if found else None,
             check=stop.check,
         )
         if found:

@@ -116,7 +116,9 @@ def make(plan: Plan, out: Path, given: Mapping[str, Any], *, begun: bool = False
     steps = _steps(plan, values.pop("steps", None))
     lr = values.pop("lr", default_lr(plan))
     warmup = values.pop("warmup", steps // 10)
-    if values.get("init_from") and not (begun and values.get("tokenizer")):
+    if values.get("init_from") and begun:
+        values["tokenizer"] = values.get("tokenizer") or values["init_from"]
+    elif values.get("init_from"):
         pretrained.check(values["init_from"], plan)
         values["tokenizer"] = values.get("tokenizer") or pretrained.tokenizer_of(
             values["init_from"]

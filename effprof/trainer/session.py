@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Session:
         expected: Estimate,
         machine: DeviceMeter,
         *,
-        fresh: bool = True,
+        found: Mapping[str, Any] | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.run, self.plan, self.device = run, run.plan, device
@@ -72,6 +72,8 @@ class Session:
             self.tokenizer = tokenizer(
                 texts, self.plan.architecture.vocab, str(kept) if kept.is_dir() else run.tokenizer
             )
+        if found is not None:
+            self._check_same(found)
         source: Source
         self.validation: Rows | StreamBatches
         if isinstance(texts, FileCorpus):
@@ -89,7 +91,7 @@ class Session:
         self.optimizer: MethodOptimizer
         self.model, self.optimizer = build(self.plan, str(device), lr=run.lr, seed=run.seed)
         self.optimizer.clock.total_updates = run.steps
-        if run.init_from and fresh:
+        if run.init_from and found is None:
             load_pretrained(run.init_from, self.model, run.seed)
         self.engine = engine(self.plan, self.optimizer)
         if self.world.writes:
@@ -101,6 +103,19 @@ class Session:
         self.scaler = torch.amp.GradScaler(device.type) if scaled else None
         self.guard = Guard()
         self.progress = Progress()
+
+    def _check_same(self, state: Mapping[str, Any]) -> None:
+        """Raise EffprofError where a checkpoint was made with other data or another tokenizer."""
+        own = self.run.out / "run.toml"
+        for what, was, now, hint in (
+            ("data", state["corpus"], self.digest, f"Give the --data that {own} names, as it was."),
+            ("tokenizer", state["vocabulary"], vocabulary(self.tokenizer), "Put the old one back."),
+        ):
+            if was != now:
+                raise EffprofError(
+                    f"The {what} of {str(self.run.out)!r} is not that of step {state['step']}.",
+                    f"{hint} Or start again with another --out.",
+                )
 
     def ready(self, seconds: float | None) -> bool:
         """Whether the next update's micro-batches, those dropped left out, are there within that
@@ -161,15 +176,6 @@ class Session:
 
     def restore(self, path: Path, state: dict[str, Any]) -> None:
         """Go on from a checkpoint: weights, optimizer, random state, place in the data."""
-        for what, was, now in (
-            ("data", state["corpus"], self.digest),
-            ("tokenizer", state["vocabulary"], vocabulary(self.tokenizer)),
-        ):
-            if was != now:
-                raise EffprofError(
-                    f"The {what} of {str(self.run.out)!r} has changed since step {state['step']}.",
-                    "Put the old files back, or start again with another --out.",
-                )
         checkpoint.restore(path, state, self.model, self.optimizer)
         self.feed.load_state_dict(state["data"])
         self.guard.losses = list(state["losses"])

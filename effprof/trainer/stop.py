@@ -54,8 +54,8 @@ class Stop:
             os.kill(os.getpid(), number)
 
     def check(self) -> None:
-        """Raise StoppedError for a signal, or the time being up, while nothing is trained yet."""
-        if self._noted or self.late():
+        """Raise StoppedError for a signal that came before the first update."""
+        if self._noted:
             raise StoppedError(self._noted)
 
     def go_on(self, ready: Callable[[float], bool], needed: float = 0.0) -> bool:

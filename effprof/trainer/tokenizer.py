@@ -66,7 +66,7 @@ def _without_markers(chosen: Any) -> int:
 
 
 def vocabulary(tokenizer: Any) -> str:
-    """What tells a tokenizer's ids from another's."""
+    """What tells a tokenizer's words and their ids from another's."""
     words = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
 
