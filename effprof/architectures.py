@@ -38,6 +38,11 @@ def _preset(model: str) -> dict[str, Any] | None:
     return presets().get(model.lower().replace("_", "-"))
 
 
+def name_of(file: Path) -> str:
+    """What a model is called: its file, or the folder of a config.json."""
+    return file.parent.resolve().name if file.name == "config.json" else file.stem
+
+
 def admit(model: str, shape: Architecture) -> None:
     """Let a model's name stand for this architecture."""
     _ADMITTED[model] = shape
@@ -68,8 +73,7 @@ def _architecture(model: str) -> Architecture:
             raise UsageError(
                 f"{str(file)!r} is not valid JSON: {problem}.", "Download config.json again."
             ) from None
-        usual = file.name == "config.json"
-        return from_config(config, name=file.parent.resolve().name if usual else file.stem)
+        return from_config(config, name_of(file))
     if preset is None:
         if "/" in model:
             raise UsageError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from effprof.architectures import admit, architecture, known
+from effprof.architectures import admit, architecture, known, name_of
 from effprof.cli.flags import default_device, plan_from, read_table, refuse, with_plan_flags
 from effprof.errors import EffprofError, UsageError
 from effprof.files import cannot_write
@@ -212,9 +212,8 @@ def _begun(out: Path, flags: Mapping[str, Any]) -> bool:
     kept, model = out / "config.json", flags.get("model")
     model = model or read_table(flags.get("config"), "plan").get("model")
     if kept.is_file() and isinstance(model, str) and not known(model):
-        path = Path(model)
-        folder = path.parent if path.name == "config.json" else path
-        admit(model, dataclasses.replace(architecture(str(kept)), name=folder.stem))
+        file = Path(model) if model.endswith(".json") else Path(model, "config.json")
+        admit(model, dataclasses.replace(architecture(str(kept)), name=name_of(file)))
     return last_step(out) is not None
 
 

@@ -29,10 +29,12 @@ def open_folder(run: Run, *, resume: bool) -> tuple[Path, dict[str, Any]] | None
             "Add --resume to go on, or give another --out.",
         )
     found = checkpoint.newest(run.out, say_damaged) if used else None
-    if used:
-        _check_same(run, found[1]["run"] if found else _tables_of(run))
-    if used and found is None:
-        _check_data(run)
+    if found is not None:
+        _check_same(run, found[1]["run"])
+    elif used:
+        before = _tables_of(run)
+        _check_same(run, before)
+        _check_data(run, before["train"].get("data"))
         _say_anew(run.out)
     return found
 
@@ -83,9 +85,8 @@ def _tables_of(run: Run) -> dict[str, Any]:
     return read_tables(run.out / "run.toml") | {"architecture": run.identity()["architecture"]}
 
 
-def _check_data(run: Run) -> None:
+def _check_data(run: Run, before: str | None) -> None:
     """Where no checkpoint knows what the data were, their place must be the same."""
-    before = read_tables(run.out / "run.toml")["train"].get("data")
     if before != run.data:
         raise UsageError(
             f"{str(run.out)!r} was started with data = {before!r}, not {run.data!r}.",

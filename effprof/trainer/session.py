@@ -72,6 +72,7 @@ class Session:
             self.tokenizer = tokenizer(
                 texts, self.plan.architecture.vocab, str(kept) if kept.is_dir() else run.tokenizer
             )
+        self.vocabulary = vocabulary(self.tokenizer)
         if found is not None:
             self._check_same(found)
         source: Source
@@ -109,7 +110,7 @@ class Session:
         own = self.run.out / "run.toml"
         for what, was, now, hint in (
             ("data", state["corpus"], self.digest, f"Give the --data that {own} names, as it was."),
-            ("tokenizer", state["vocabulary"], vocabulary(self.tokenizer), "Put the old one back."),
+            ("tokenizer", state["vocabulary"], self.vocabulary, "Put the old one back."),
         ):
             if was != now:
                 raise EffprofError(
@@ -170,7 +171,7 @@ class Session:
             "losses": self.guard.losses,
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "corpus": self.digest,
-            "vocabulary": vocabulary(self.tokenizer),
+            "vocabulary": self.vocabulary,
             "run": self.run.identity(),
         }
 
