@@ -218,6 +218,8 @@ def test_the_digest_is_of_the_text_and_not_of_its_dates(texts: Path, tmp_path: P
     one = next(iter(sorted(copy.iterdir())))
     one.write_text(one.read_text()[::-1])
     assert corpus(str(copy)).digest() != corpus(str(texts)).digest()
+    (tmp_path / "one.txt").write_text("a text\n")  # a study of last year knows its data by this
+    assert corpus(str(tmp_path / "one.txt")).digest() == "186868f457df6dea"
 
 
 @pytest.mark.parametrize(
@@ -320,6 +322,34 @@ def test_a_killed_bench_goes_on_without_losing_a_trial(
     code, _, said = run_cli("bench", path, "--out", out, "--steps", "9")
     assert code == 2
     assert "--steps has no effect on a spec" in said
+
+
+def test_a_failed_trial_goes_on_from_its_checkpoint(tiny: str, texts: Path, tmp_path: Path) -> None:
+    from effprof.files import to_toml
+
+    path, out = tmp_path / "bench.toml", tmp_path / "study"
+    asked = tables(tiny, texts, methods=["full"], lr=[3e-3])
+    path.write_text(to_toml(asked | {"train": {**asked["train"], "steps": 400, "save_every": 20}}))
+    command = [sys.executable, "-m", "effprof", "bench", str(path), "--out", str(out)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as bench:
+        until = time.monotonic() + 100
+        while not (found := list((out / "trials").glob("*/run/checkpoint-*/*"))):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        folder = found[0].parents[2]
+        children = Path(f"/proc/{bench.pid}/task/{bench.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        assert bench.stderr is not None
+        assert "failed in" in bench.stderr.read()
+    saved = max(int(one.name.split("-")[1]) for one in (folder / "run").glob("checkpoint-*"))
+    before = (folder / "run" / "metrics.jsonl").read_text().splitlines()[:saved]
+    code, printed, _ = run_cli("bench", path, "--out", out, "--retry-failed", "--json")
+    assert code == 0
+    (row,) = json.loads(printed)["rows"]
+    assert (row["state"], row["steps"], row["number"]) == ("done", 400, 1)
+    after = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    assert (after[:saved], len(after)) == (before, 400)  # with their seconds: not run again
+    assert not list((out / "trials").glob("*/run/checkpoint-*"))
 
 
 def line(label: str, method: str, perplexity: float, to_full: float) -> Line:

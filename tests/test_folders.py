@@ -105,6 +105,30 @@ def test_a_run_goes_on_without_its_models_file(own: tuple[str, Path], tmp_path: 
     architectures._ADMITTED.clear()
 
 
+def test_a_newer_version_goes_on_with_an_older_ones_run(
+    tiny: str, texts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    whole = stopped(out, tiny, texts)
+    path = checkpoint.place(out, 2) / "state.json"
+    state = json.loads(path.read_text())
+    run = state["run"]
+    del run["architecture"], run["plan"]["keep_logits"], run["train"]["stream"]
+    del run["plan"]["update_settings"]["weight_decay"]
+
+    def resumed() -> tuple[int, str, str]:
+        state["sha256"]["state"] = checkpoint._state_digest(state)
+        path.write_text(json.dumps(state))
+        return train(out, tiny, texts, "--steps", "4", "--resume")
+
+    del run["plan"]["seq_len"]  # not at its default here
+    code, _, err = resumed()
+    assert (code, "seq_len = None, not" in err) == (2, True)
+    run["plan"]["seq_len"] = 32
+    assert resumed()[0] == 0
+    assert losses(out) == whole
+
+
 def test_a_users_copies_stay(tiny: str, texts: Path, tmp_path: Path) -> None:
     stopped(tmp_path / "run", tiny, texts)
     copies = [tmp_path / "run" / f"checkpoint-{name}" for name in ("best", "00000002-mine")]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import statistics
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from datetime import datetime
@@ -90,18 +92,23 @@ class Bench:
             row = trial.row()
             self.study.finish(trial.claim, row)
             if not self.options.keep:
-                trial.clean()
-            self.took.append(time.monotonic() - trial.began)
+                trial.clean(row)
             rows = self.study.rows()
             found = document(self.spec, summarize(self.spec, rows), rows)
             write_results(self.study.folder, found)
             self._say(trial, row, len(rows))
 
     def _say(self, trial: Trial, row: dict[str, Any], done: int) -> None:
-        told = f"perplexity {row['perplexity']:.2f}" if row["state"] == "done" else row["state"]
-        claim, total = trial.claim, self.spec.total
-        left = sum(self.took) / len(self.took) * (total - done) / self.options.jobs
+        claim, total, took = trial.claim, self.spec.total, time.monotonic() - trial.began
+        told, eta = row["state"], ""
+        if told == "done":
+            told = f"perplexity {row['perplexity']:.2f}"
+            self.took.append(took)  # a failure's few seconds would promise too much
+        if self.took:
+            left = statistics.fmean(self.took) * (total - done) / self.options.jobs
+            eta = f" · ETA {duration(left)}"
+        why = textwrap.indent(f"\n{row['reason']}", "  ") if row["reason"] else ""
         sys.stderr.write(
             f"{done} of {total} · {claim.arm.label} lr {claim.lr:g} seed {claim.seed}: {told} in "
-            f"{duration(self.took[-1])} · ETA {duration(left)}\n"
+            f"{duration(took)}{eta}{why}\n"
         )

@@ -5,7 +5,6 @@ killed one loses nothing.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import math
@@ -27,10 +26,10 @@ from effprof.bench import JOURNAL
 from effprof.bench.spec import Arm, Spec
 from effprof.errors import EffprofError, UsageError
 from effprof.files import check_writable, digest, write_folder, write_whole
-from effprof.plan import Plan
+from effprof.older import plan_as_then
 
 RESULT = "result"  # a trial's attribute: its row of the results
-_SEED, _AGAIN = "seed", "again"
+_SEED, _AGAIN, _PLACE = "seed", "again", "place"  # of a trial tried again: which, and whose folder
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ class Study:
         for arm in self.spec.arms:
             name = arm.identity_name
             if name in before:
-                own[name] = _as_known_then(before[name], own[name], arm)
+                own[name] = plan_as_then(before[name], own[name], arm.plan)
         for name, old in before.items():
             if own.get(name) != old:
                 what, was, now = _difference(name, old, own.get(name))
@@ -205,14 +204,15 @@ class Study:
         ended = trial.datetime_complete
         if trial.state == TrialState.FAIL and retry_before and ended and ended < retry_before:
             told = {_SEED: _seed(trial), _AGAIN: trial.number}
+            if any(self._place(arm, trial).glob("run/checkpoint-*")):  # it goes on from there
+                told[_PLACE] = trial.user_attrs.get(_PLACE, trial.number)
             return self._asked(arm, trial.params["lr"], told)
         return None if trial.state.is_finished() else self._claimed(arm, trial.number)
 
     def _claimed(self, arm: Arm, number: int) -> Claim | None:
         """The trial with its folder locked; None where a living process holds it."""
         trial = self._studies[arm.label].trials[number]
-        seed, lr = _seed(trial), float(trial.params["lr"])
-        folder = self.folder / "trials" / f"{arm.folder}-{number:02d}-lr{lr:g}-seed{seed}"
+        seed, lr, folder = _seed(trial), float(trial.params["lr"]), self._place(arm, trial)
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -221,6 +221,11 @@ class Study:
             os.close(lock)
             return None
         return Claim(arm, number, lr, seed, folder, lock)
+
+    def _place(self, arm: Arm, trial: FrozenTrial) -> Path:
+        """A trial's folder: its own, or that of the failed one it goes on with."""
+        number, lr = trial.user_attrs.get(_PLACE, trial.number), trial.params["lr"]
+        return self.folder / "trials" / f"{arm.folder}-{number:02d}-lr{lr:g}-seed{_seed(trial)}"
 
     def _trials(self, arm: Arm) -> list[FrozenTrial]:
         """An arm's trials, without those that were tried again and those that a kill left without
@@ -266,28 +271,6 @@ class Study:
 
 def _seed(trial: FrozenTrial) -> int:
     return int(trial.user_attrs.get(_SEED, 0))
-
-
-def _as_known_then(old: dict[str, Any], new: dict[str, Any], arm: Arm) -> dict[str, Any]:
-    """An arm without what a newer version of effprof added and leaves at its default."""
-    halves = arm.plan.halves
-    found = _older(old, new, Plan)
-    for name, half in (("settings", halves.addressed), ("update_settings", halves.update)):
-        found[name] = _older(old[name], new[name], half.Settings)
-    return found
-
-
-def _older(old: dict[str, Any], new: dict[str, Any], kind: Any) -> dict[str, Any]:
-    defaults = {item.name: item.default for item in dataclasses.fields(kind)}
-    return {
-        key: value
-        for key, value in new.items()
-        if key in old or key not in defaults or value != json.loads(_plain(defaults[key]))
-    }
-
-
-def _plain(value: Any) -> str:
-    return "null" if value is dataclasses.MISSING else json.dumps(value)
 
 
 def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from effprof.bench.study import Claim
+from effprof.errors import UsageError
 from effprof.estimator.estimate import estimate
 from effprof.files import to_toml, write_whole
 
@@ -82,8 +83,12 @@ class Trial:
             found |= {"state": "failed", "reason": f"exit {code}: {''.join(told) or tail}"}
         return found
 
-    def clean(self) -> None:
-        """Free the disk: nothing of a run whose row is kept is needed again."""
+    def clean(self, row: Mapping[str, Any]) -> None:
+        """Free the disk of what is not needed again: one that failed can go on from its
+        checkpoints, unless `effprof train` refused them.
+        """
+        if row["state"] == "failed" and self.process.returncode != UsageError.exit_code:
+            return
         for path in (*self.run.glob("checkpoint-*"), self.run / "model"):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -69,7 +69,10 @@ def command(
     limit: Annotated[int, typer.Option(help="Trials to run now, 0 is all.", min=0)] = 0,
     keep: Annotated[bool, typer.Option("--keep", help="Keep checkpoints and models.")] = False,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Run trials that failed once more.")
+        bool,
+        typer.Option(
+            "--retry-failed", help="Run trials that failed once more, from their last checkpoint."
+        ),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would take and stop.")

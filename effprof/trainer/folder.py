@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from effprof.errors import EffprofError, UsageError
+from effprof.older import as_then, plan_as_then
 from effprof.trainer import checkpoint
 from effprof.trainer.run import Run
 
@@ -105,7 +106,7 @@ _MAY_DIFFER = ("gpus", "grad_accum", "parallel", "allocator")
 
 def _check_same(run: Run, before: Mapping[str, Any]) -> None:
     """A resumed run must be the run that was, in everything that decides its losses."""
-    wanted = json.loads(json.dumps(run.identity()))
+    wanted = _as_then(run, before)
     hints = {"architecture": f"The model it was started with is {run.out / 'config.json'}."}
     usual = f"Type --config {run.out / 'run.toml'} --out {run.out} --resume."
     for table, values in wanted.items():
@@ -117,3 +118,13 @@ def _check_same(run: Run, before: Mapping[str, Any]) -> None:
                     f"{str(run.out)!r} was started with {key} = {old!r}, not {value!r}.",
                     hints.get(table, usual),
                 )
+
+
+def _as_then(run: Run, before: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The run's identity as the version of effprof that wrote ``before`` would have kept it."""
+    own = json.loads(json.dumps(run.identity()))
+    found = {
+        "plan": plan_as_then(before["plan"], own["plan"], run.plan),
+        "train": as_then(before["train"], own["train"], Run),
+    }
+    return found | ({"architecture": own["architecture"]} if "architecture" in before else {})
