@@ -63,6 +63,11 @@ class Decoder:
         self.graph.roles[value.storage.index] = tensor.role
         return value
 
+    def parameters(self) -> list[tuple[Value, Leaf]]:
+        """Every tensor that may have a gradient, in the model's order, with where it ends."""
+        values = [v for weights in self.weights.values() for v in weights.values()]
+        return [(value, value.node) for value in values if isinstance(value.node, Leaf)]
+
     def weight(self, name: str) -> Value:
         return self.weights[name]["weight"]
 

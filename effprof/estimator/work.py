@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from effprof.estimator.attention import plan_attention
 from effprof.estimator.backward import backward_flops
 from effprof.estimator.flops import attention_forward, never_recomputed
-from effprof.estimator.updates import replayed
+from effprof.estimator.micro_step import replayed
 from effprof.gpus import Gpu
 from effprof.model import Matrix
 from effprof.registry import Tensor

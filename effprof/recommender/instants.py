@@ -94,7 +94,7 @@ def passage(step: Step, card: Gpu, *, fresh: bool) -> Passage:
             run.place_gradients()
         start = len(tape.events)
         run.graph.on_gradient = lambda leaf: done.append((len(tape.events), _any_layer(leaf.label)))
-        run.micro_step("steady")
+        run.micro_steps.run("steady")
         run.graph.close()
     turn = _turn(tape) - start
     parts = [_part(tape.labels[storage]) for storage, _ in tape.events[start:]]
@@ -240,10 +240,10 @@ def _updates(run: Run) -> list[tuple[str, int, int]]:
         if not run.plan.per_layer_update:
             continue
         run.place_gradients()
-        for cell in run.cells:
+        for cell in run.optimizer.cells:
             first = len(events)
             *_, leaf = cell.leaves  # the last to be complete
-            run.update_in_backward(leaf)
+            run.optimizer.update_in_backward(leaf, run.number)
             spans.append((_any_layer(leaf.label), first, len(events)))
     return spans
 
@@ -255,7 +255,8 @@ def _times(run: Run, layers: int) -> Sizes:
     tape, plan = run.graph.tape, run.plan
     at_once = {"weights", "buffers", "optimizer", "gradients"}
     foreach = plan.optimizer_impl == "foreach" and not plan.per_layer_update
-    hosted = {f"optimizer.{one.name}" for one in run.cells if one.trained.hosted and foreach}
+    cells = run.optimizer.cells if foreach else []
+    hosted = {f"optimizer.{one.name}" for one in cells if one.trained.hosted}
     of_all = [
         ".layers." in label and (role in at_once or label.rpartition(".")[0] in hosted)
         for label, role in zip(tape.labels, tape.roles, strict=True)
