@@ -22,10 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from effprof.plan import Plan, from_dict
 from effprof.trainer import schedule
+from effprof.trainer.batches import Batches
 from effprof.trainer.build import build
 from effprof.trainer.corpus import corpus
-from effprof.trainer.data import Batches, Rows, rows
 from effprof.trainer.folder import read_tables
+from effprof.trainer.rows import Rows, rows
 
 CPU = torch.device("cpu")
 

@@ -20,8 +20,8 @@ import psutil
 import torch
 
 from effprof.plan import Plan
+from effprof.trainer.batches import StreamBatches
 from effprof.trainer.corpus import corpus, standard_library
-from effprof.trainer.data import StreamBatches
 from effprof.trainer.streams import DatasetCorpus
 from effprof.trainer.tokenizer import tokenizer
 

@@ -29,8 +29,8 @@ from effprof.measure.recorder import CpuRecorder
 from effprof.phase import listening
 from effprof.plan import Plan, from_dict
 from effprof.trainer import checkpoint, dcp, launch, loop, sharding, synthetic  # noqa: F401
+from effprof.trainer.batch import Batch
 from effprof.trainer.build import build
-from effprof.trainer.data import Batch
 from effprof.trainer.distributed import Engine, engine, local
 from effprof.trainer.feed import Drawn
 from effprof.trainer.optimizer import MethodOptimizer

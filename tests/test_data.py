@@ -17,9 +17,11 @@ import torch
 from helpers import run_cli, small
 
 from effprof.errors import EffprofError
+from effprof.trainer.batch import IGNORED, make_batch
+from effprof.trainer.batches import Batches, StreamBatches
 from effprof.trainer.corpus import corpus
-from effprof.trainer.data import IGNORED, Batches, StreamBatches, make_batch, rows
 from effprof.trainer.documents import FileCorpus, held_out, key_of
+from effprof.trainer.rows import rows
 from effprof.trainer.streams import DatasetCorpus
 from effprof.trainer.tokenizer import tokenizer
 
@@ -309,7 +311,7 @@ def test_a_stream_holds_little(tiny: str, tmp_path: Path) -> None:
 
 def test_tokens_are_written_as_they_come(texts: Path, tiny: str, tmp_path: Path) -> None:
     """The file holds what is read, in two bytes a token; a failure leaves none."""
-    from effprof.trainer import data
+    from effprof.trainer.rows import _save
 
     table = prepared(texts, tiny)[2]
     assert table.ids.dtype == np.uint16
@@ -319,7 +321,7 @@ def test_tokens_are_written_as_they_come(texts: Path, tiny: str, tmp_path: Path)
         raise EffprofError("the text ends", "")
 
     with pytest.raises(EffprofError, match="ends"):
-        data._save(tmp_path / "tokens", breaks(), np.dtype(np.uint16))
+        _save(tmp_path / "tokens", breaks(), np.dtype(np.uint16))
     assert not list(tmp_path.iterdir())
 
 

@@ -20,7 +20,7 @@ from test_train import SMALL, losses, train
 
 from effprof import architectures
 from effprof.errors import EffprofError
-from effprof.trainer import checkpoint, data
+from effprof.trainer import checkpoint, rows
 from effprof.trainer.lock import held
 
 
@@ -191,7 +191,7 @@ def test_a_signal_ends_tokenising(
         yield [1, 2]
         raise AssertionError("read on")
 
-    monkeypatch.setattr(data, "_tokenised", documents)
+    monkeypatch.setattr(rows, "tokenised", documents)
     code, _, err = train(tmp_path / "run", tiny, texts, "--steps", "2")
     assert (code, "no update was made" in err) == (143, True)
     assert not list((tmp_path / "home" / "tokens").iterdir())

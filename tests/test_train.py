@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 from effprof import registry
 from effprof.errors import EffprofError
-from effprof.trainer import checkpoint, loop, schedule
+from effprof.trainer import checkpoint, loop, saver, schedule
+from effprof.trainer.capture import host_buffer
 from effprof.trainer.export import load
 from effprof.trainer.stop import SharedStop, Stop
 from effprof.trainer.world import World
@@ -100,8 +101,8 @@ def test_validation_loss_of_the_exported_folder(tiny: str, texts: Path, tmp_path
 
     from effprof.plan import from_dict
     from effprof.trainer.corpus import corpus
-    from effprof.trainer.data import rows
     from effprof.trainer.evaluate import evaluate
+    from effprof.trainer.rows import rows
     from effprof.trainer.tokenizer import tokenizer
 
     whole = ("--steps", "5", "--eval-batches", "0", "--json")
@@ -228,14 +229,14 @@ def test_full_disk_keeps_the_older_checkpoint(
 ) -> None:
     """The system itself refuses to write: no file may grow beyond a size."""
     more = ("--steps", "6", "--save-every", "3")
-    capture = checkpoint.capture
+    capture = saver.capture
 
     def fills(model: Any, optimizer: Any, state: Any, old: Any, mesh: Any) -> Any:
         if state["step"] == 6:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
         return capture(model, optimizer, state, old, mesh)
 
-    monkeypatch.setattr(checkpoint, "capture", fills)
+    monkeypatch.setattr(saver, "capture", fills)
     try:
         code, _, err = train(tmp_path / "run", tiny, texts, *more)
     finally:
@@ -549,8 +550,8 @@ def test_accumulation_weighs_by_targets(tiny: str) -> None:
     """Two uneven micro-batches give the gradient of one batch holding both."""
     from helpers import small
 
+    from effprof.trainer.batch import IGNORED, Batch
     from effprof.trainer.build import build
-    from effprof.trainer.data import IGNORED, Batch
     from effprof.trainer.step import forward_loss
 
     plan = small(tiny, "full")
@@ -593,5 +594,5 @@ def test_schedule(name: str) -> None:
 def test_a_host_that_pins_no_memory_still_takes_a_copy() -> None:
     """This build of torch refuses to, as a driver at its limit does."""
     on_a_gpu = SimpleNamespace(is_cuda=True, nbytes=24, shape=(2, 3), dtype=torch.float32)
-    found = checkpoint.host_buffer(on_a_gpu)  # type: ignore[arg-type]
+    found = host_buffer(on_a_gpu)  # type: ignore[arg-type]
     assert (found.shape, found.dtype, found.device.type) == ((2, 3), torch.float32, "cpu")

@@ -20,9 +20,10 @@ from effprof.errors import UsageError
 from effprof.fields import TARGETS
 from effprof.model import Architecture
 from effprof.plan import Plan
-from effprof.trainer.apply import edit_model, linear_targets
+from effprof.trainer.apply import edit_model
 from effprof.trainer.build import ATTENTION, quiet_transformers
 from effprof.trainer.layer import DTYPES, MethodLinear
+from effprof.trainer.targets import linear_targets
 
 
 def admit_config(model: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from effprof.plan import Plan
 from effprof.tracer.recorder import FakeRecorder
-from effprof.trainer.data import Batch
+from effprof.trainer.batch import Batch
 from effprof.trainer.layer import MethodLinear
 from effprof.trainer.step import micro_step
 

@@ -30,8 +30,8 @@ from effprof.tracer.recorder import HOST, FakeRecorder
 from effprof.tracer.repeat import MicroSteps
 from effprof.tracer.rules import casts, rules
 from effprof.trainer.apply import parameters_of
+from effprof.trainer.batch import Batch
 from effprof.trainer.build import arranged, trained_parameters
-from effprof.trainer.data import Batch
 from effprof.trainer.layer import MethodLinear
 from effprof.trainer.optimizer import MethodOptimizer
 from effprof.trainer.step import training_step

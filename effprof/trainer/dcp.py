@@ -35,7 +35,8 @@ from torch.futures import Future
 
 from effprof.files import cannot_write, digest
 from effprof.trainer import checkpoint
-from effprof.trainer.checkpoint import Keep, Snapshot
+from effprof.trainer.capture import Snapshot, native_tensors, set_random_states
+from effprof.trainer.checkpoint import Keep
 from effprof.trainer.optimizer import MethodOptimizer
 
 _STATE = re.compile(r"(\d+|rng)\.(.+)")  # the name of what is no tensor of the model
@@ -138,7 +139,7 @@ def restore(
     Raises EffprofError where it does not fit the model.
     """
     found = _contents(path)
-    wanted = checkpoint.native_tensors(model)
+    wanted = native_tensors(model)
     own = {name: tuple(one.size) for name, one in found.items() if not _STATE.match(name)}
     checkpoint.check_fit(path, own, wanted)
     values: dict[int, dict[str, Tensor]] = {}
@@ -157,7 +158,7 @@ def restore(
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is
         load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
     if optimizer is not None:
-        checkpoint.set_random_states(random)
+        set_random_states(random)
         optimizer.load_state_dict({**state["optimizer"], "state": values})
 
 

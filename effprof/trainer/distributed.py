@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from effprof.plan import Plan
-from effprof.trainer.data import Batch
+from effprof.trainer.batch import Batch
 from effprof.trainer.optimizer import MethodOptimizer
 from effprof.trainer.step import check_targets, forward_loss
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from effprof.errors import EffprofError
 from effprof.plan import Plan
-from effprof.trainer.data import Batch
+from effprof.trainer.batch import Batch
 from effprof.trainer.step import forward_loss
 
 if TYPE_CHECKING:

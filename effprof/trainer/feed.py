@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from effprof.trainer.data import Batch
+from effprof.trainer.batch import Batch
 from effprof.trainer.world import World
 
 _AHEAD = 4  # updates

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from effprof.files import cannot_write
-from effprof.trainer.data import Batch
+from effprof.trainer.batch import Batch
 from effprof.trainer.metrics import plain_json
 
 ON_NAN = ("stop", "skip", "rollback")

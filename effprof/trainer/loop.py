@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from effprof.errors import EffprofError
 from effprof.report.live import LiveLine
 from effprof.trainer import checkpoint, finish, preflight
-from effprof.trainer.data import StreamBatches
+from effprof.trainer.batches import StreamBatches
 from effprof.trainer.distributed import whole
 from effprof.trainer.evaluate import Validation, evaluate
 from effprof.trainer.finish import Outcome

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from effprof.plan import Plan
-from effprof.trainer.data import IGNORED, Batch
+from effprof.trainer.batch import IGNORED, Batch
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effprof.trainer.data import Batch
+from effprof.trainer.batch import Batch
 
 
 @dataclass

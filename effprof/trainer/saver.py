@@ -18,7 +18,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from effprof.trainer import checkpoint
-from effprof.trainer.checkpoint import Keep, Snapshot
+from effprof.trainer.capture import Snapshot, capture
+from effprof.trainer.checkpoint import Keep
 from effprof.trainer.optimizer import MethodOptimizer
 from effprof.trainer.world import PATIENCE
 
@@ -48,7 +49,7 @@ class Saver:
     def save(self, model: nn.Module, optimizer: MethodOptimizer, state: Mapping[str, Any]) -> Path:
         """Copy the run as it is now and begin to write it; the place it will have."""
         self.wait()
-        self._buffers = checkpoint.capture(model, optimizer, state, self._buffers, self._mesh)
+        self._buffers = capture(model, optimizer, state, self._buffers, self._mesh)
         self._writing = self._thread.submit(self._write, self._buffers)
         return checkpoint.place(self.run, state["step"])
 

@@ -16,9 +16,9 @@ from effprof.estimator.estimate import Estimate
 from effprof.files import write_folder
 from effprof.measure.device import DeviceMeter
 from effprof.trainer import checkpoint, schedule
+from effprof.trainer.batches import Batches, StreamBatches
 from effprof.trainer.build import build
 from effprof.trainer.corpus import corpus
-from effprof.trainer.data import Batches, Rows, StreamBatches, rows
 from effprof.trainer.distributed import engine, local
 from effprof.trainer.documents import FileCorpus
 from effprof.trainer.feed import Drawn, Feed, Source
@@ -26,6 +26,7 @@ from effprof.trainer.guard import Guard
 from effprof.trainer.launch import world
 from effprof.trainer.optimizer import MethodOptimizer
 from effprof.trainer.pretrained import load_pretrained
+from effprof.trainer.rows import Rows, rows
 from effprof.trainer.run import Run
 from effprof.trainer.streams import ShardCorpus
 from effprof.trainer.tokenizer import tokenizer, vocabulary

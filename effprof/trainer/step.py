@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from effprof.errors import EffprofError
 from effprof.plan import Plan
-from effprof.trainer.data import Batch
+from effprof.trainer.batch import Batch
 from effprof.trainer.layer import DTYPES
 from effprof.trainer.loss import chunked_loss
 from effprof.trainer.optimizer import MethodOptimizer

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from effprof.plan import Plan
-from effprof.trainer.data import Batch, make_batch
+from effprof.trainer.batch import Batch, make_batch
 from effprof.trainer.layer import MethodLinear
 from effprof.trainer.optimizer import MethodOptimizer
 from effprof.trainer.step import training_step
