@@ -18,15 +18,9 @@ from effprof.registry import Clock, Group, Layer, phases
 from effprof.registry import Tensor as Declared
 from effprof.trained import Trained
 from effprof.trainer.cell import Cell, exists, masters_of, on_masters, readable, widened
+from effprof.trainer.hosted import Hosted
 from effprof.trainer.layer import DTYPES, MethodLinear
 from effprof.trainer.turns import activate, sometimes
-
-_IMPLEMENTATION = {
-    "fused": {"fused": True},
-    "foreach": {"foreach": True},
-    "loop": {"foreach": False},
-}
-
 
 _HOOK = "_effprof_hook"  # on a parameter: what updates it in backward
 
@@ -80,7 +74,7 @@ class MethodOptimizer(torch.optim.Optimizer):
         self._rest = [cell.group for cell in self._distinct if id(cell.group) not in inside]
         self._sow()
         self._integers = self._find_integers(layers)
-        self._torch = self._host(lr)
+        self._hosted = Hosted(recipe, self, lr)
         if recipe.per_layer_update:
             for parameter in (p for p in self._cells if p.requires_grad):
                 self._listen(parameter)
@@ -169,35 +163,6 @@ class MethodOptimizer(torch.optim.Optimizer):
         for cell in self._distinct:
             cell.group.state = self.state[cell.first]
 
-    def _host(self, lr: float) -> dict[nn.Parameter | None, torch.optim.Optimizer]:
-        """torch's optimizers over the hosted group, sharing this one's state.
-
-        One for all (under None), or one per parameter where each is updated in backward.
-        """
-        group = next((g for g in self.param_groups if g["hosted"]), None)
-        if group is None:
-            return {}
-        own = hasattr(self.recipe.halves.update, "TORCH_OPTIMIZER")
-        half, settings = self.recipe.half(covered=own)
-        kind: Callable[..., torch.optim.Optimizer] = getattr(torch.optim, half.TORCH_OPTIMIZER)
-        options = {**half.torch_settings(settings), **_IMPLEMENTATION[self.recipe.optimizer_impl]}
-        if self.recipe.per_layer_update:
-            made: dict[nn.Parameter | None, torch.optim.Optimizer] = {
-                parameter: kind([parameter], lr=lr, **options) for parameter in group["params"]
-            }
-        else:
-            made = {None: kind(group["params"], lr=lr, **options)}
-        for key, value in next(iter(made.values())).param_groups[0].items():
-            group.setdefault(key, value)
-        self._link_torch(made)
-        return made
-
-    def _link_torch(self, made: dict[nn.Parameter | None, torch.optim.Optimizer]) -> None:
-        for parameter, inner in made.items():
-            if parameter is None:
-                inner.param_groups = [g for g in self.param_groups if g["hosted"]]
-            inner.state = self.state
-
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of everything that has a gradient, then the method's own events, and the
@@ -214,7 +179,7 @@ class MethodOptimizer(torch.optim.Optimizer):
                 with self._phase("refresh", half, settings):
                     half.before_step(self._layers, self.clock, settings)
         if not self.recipe.per_layer_update:
-            self._step_torch(None)
+            self._hosted.step(None, self.lr_factor())
             self._update_own()
         hooked = [one for one in self.recipe.hooked() if hasattr(one[0], "after_step")]
         restarts = ["restart" in phases(*one, self.clock.update) for one in hooked]
@@ -281,7 +246,7 @@ class MethodOptimizer(torch.optim.Optimizer):
         if any(self._gradient(one) is None for one in cell.parameters):
             return
         if cell.trained.hosted:
-            self._step_torch(parameter)
+            self._hosted.step(parameter, self.lr_factor())
         else:
             self._update(cell)
         for one in cell.parameters:
@@ -289,16 +254,6 @@ class MethodOptimizer(torch.optim.Optimizer):
                 held, name = self._integers[one]
                 del held.gradients[name]
             one.grad = None
-
-    def _step_torch(self, parameter: nn.Parameter | None) -> None:
-        inner = self._torch.get(parameter)
-        if inner is None:
-            return
-        (group,) = inner.param_groups
-        shown = next(g for g in self.param_groups if g["hosted"])["lr"]
-        group["lr"] = shown * self.lr_factor()
-        inner.step()
-        group["lr"] = shown
 
     def _update(self, cell: Cell) -> None:
         """One update by the half's own function, where every gradient is there."""
@@ -373,7 +328,7 @@ class MethodOptimizer(torch.optim.Optimizer):
             cell.group.memory = dict(memory)
         self._sow()
         self._link_states()
-        self._link_torch(self._torch)
+        self._hosted.link()
         activate(self.recipe, self._distinct, self._layers, self.clock)
 
     def room(
