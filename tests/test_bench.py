@@ -210,6 +210,35 @@ def test_a_newer_versions_settings_at_their_defaults_are_no_other_spec(
         Study(tmp_path, asked)
 
 
+def test_a_look_at_a_study_needs_no_text(tiny: str, texts: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from effprof.files import to_toml
+
+    own = Path(shutil.copytree(texts, tmp_path / "texts"))
+    path, out = tmp_path / "bench.toml", tmp_path / "study"
+    path.write_text(to_toml(tables(tiny, own, methods=["full"])))
+    look = ("bench", path, "--out", out, "--summary", "--json")
+    code, _, err = run_cli(*look)
+    assert (code, "holds no study" in err, out.exists()) == (2, True, False)
+    study = Study(out, read(path, "cpu"))
+    claim = study.claim()
+    assert claim
+    study.finish(claim, row(claim))
+    before = (out / "spec.json").read_text()
+    shutil.rmtree(own)
+    shutil.rmtree(out / "tokenizer")
+    code, printed, _ = run_cli(*look)
+    assert (code, json.loads(printed)["trials"]["done"]) == (0, 1)
+    assert not (out / "tokenizer").exists()
+    assert (out / "spec.json").read_text() == before
+    code, _, err = run_cli("bench", path, "--out", out)
+    assert (code, "data" in err) == (2, True)
+    path.write_text(to_toml(tables(tiny, own, methods=["full"], seeds=2)))
+    code, _, err = run_cli(*look)
+    assert (code, "seeds = 1, not 2" in err) == (2, True)
+
+
 def test_the_digest_is_of_the_text_and_not_of_its_dates(texts: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -9,12 +9,10 @@ import textwrap
 import time
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from effprof.bench.results import document, summarize, write_results
-from effprof.bench.spec import Spec
 from effprof.bench.study import Study
 from effprof.bench.trial import Trial
 from effprof.signals import SIGNALS
@@ -37,10 +35,10 @@ class Options:
 
 
 class Bench:
-    """One process's share of a study. Raises UsageError where the folder holds another."""
+    """One process's share of a study."""
 
-    def __init__(self, spec: Spec, folder: Path, options: Options) -> None:
-        self.study, self.spec, self.options = Study(folder, spec), spec, options
+    def __init__(self, study: Study, options: Options) -> None:
+        self.study, self.spec, self.options = study, study.spec, options
         self.running: list[Trial] = []
         self.started = self.code = 0
         self.took: list[float] = []

@@ -14,7 +14,6 @@ from typing import Any
 from effprof.errors import UsageError, unknown
 from effprof.plan import Plan, from_dict
 from effprof.recommender.compare import ranks_of_method
-from effprof.trainer.corpus import corpus
 from effprof.trainer.run import default_lr, make
 
 SEARCHES = ("grid", "optuna")
@@ -61,10 +60,11 @@ class Spec:
         return len(self.arms) * (self.trials + self.seeds - 1)
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same when a study goes on, by a name that an error can tell."""
+        """What must be the same when a study goes on, its text apart, by a name that an error can
+        tell.
+        """
         found: dict[str, Any] = {"search": self.search, "trials": self.trials, "seeds": self.seeds}
         found |= {f"train.{key}": value for key, value in self.train.items() if key not in _FREE}
-        found["data (digest)"] = corpus(self.train.get("data")).digest()
         for arm in self.arms:
             plan = {k: v for k, v in arm.plan.as_dict().items() if k not in ("model", "device")}
             shape = {"architecture": dict(arm.plan.architecture.config)}

@@ -29,6 +29,7 @@ from effprof.files import check_writable, digest, write_folder, write_whole
 from effprof.older import plan_as_then
 
 RESULT = "result"  # a trial's attribute: its row of the results
+_DATA, _TOKENIZER, _OWN_TOKENIZER = _TEXT = ("data (digest)", "tokenizer", "tokenizer (digest)")
 _SEED, _AGAIN, _PLACE = "seed", "again", "place"  # of a trial tried again: which, and whose folder
 
 
@@ -47,21 +48,24 @@ class Claim:
 
 
 class Study:
-    """A comparison's trials in one folder. Every process that opens it works on the same ones.
+    """A comparison's trials in one folder. Every process that opens it works on the same ones; one
+    that only has a ``look`` at them needs neither its text nor its tokenizer.
 
-    Raises UsageError where the folder holds another comparison.
+    Raises UsageError where the folder holds another comparison, or to look at none.
     """
 
-    def __init__(self, folder: Path, spec: Spec) -> None:
+    def __init__(self, folder: Path, spec: Spec, *, look: bool = False) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.folder, self.spec = folder, spec
+        if look and not (folder / JOURNAL).is_file():
+            raise UsageError(f"{str(folder)!r} holds no study.", "Leave --summary out to begin it.")
         check_writable(folder / JOURNAL)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer: str | None = spec.train.get("tokenizer")
         with self.locked():
-            if self.tokenizer is None:
+            if self.tokenizer is None and not look:
                 self.tokenizer = self._own_tokenizer()
-            self._check_same()
+            self._check_same({} if look else self._text())
             self._storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
             self._studies = {
                 arm.label: optuna.create_study(
@@ -99,15 +103,20 @@ class Study:
             write_folder(kept, made.save_pretrained)
         return str(kept.resolve())
 
-    def _check_same(self) -> None:
+    def _text(self) -> dict[str, Any]:
+        """What the trials read, and as which tokens."""
+        from effprof.trainer.corpus import corpus
+
+        data = {_DATA: corpus(self.spec.train.get("data")).digest()}
+        if "tokenizer" in self.spec.train:
+            return {**data, _TOKENIZER: self.spec.train["tokenizer"]}
+        return {**data, _OWN_TOKENIZER: digest(self.folder / "tokenizer" / "tokenizer.json")}
+
+    def _check_same(self, text: Mapping[str, Any]) -> None:
         """Raises UsageError, with what differs, for a spec that is not the one the study began
-        with; arms may be added.
+        with; arms may be added, and no ``text`` is not compared.
         """
-        own = self.spec.identity()
-        if "tokenizer" not in self.spec.train:
-            own["tokenizer (digest)"] = digest(self.folder / "tokenizer" / "tokenizer.json")
-        else:
-            own["tokenizer"] = self.spec.train["tokenizer"]
+        own = {**self.spec.identity(), **text}
         path = self.folder / "spec.json"
         if not path.exists():
             if (self.folder / JOURNAL).exists():
@@ -115,6 +124,8 @@ class Study:
             write_whole(path, json.dumps(own, indent=1) + "\n")
             return
         before = json.loads(path.read_text(encoding="utf-8"))
+        if not text:
+            own |= {name: before[name] for name in _TEXT if name in before}
         for arm in self.spec.arms:
             name = arm.identity_name
             if name in before:

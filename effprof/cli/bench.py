@@ -135,16 +135,19 @@ def command(
         raise UsageError("Where are the results to lie?", "Add --out runs/bench.")
 
     from effprof.bench.run import Bench, Options
+    from effprof.bench.study import Study
     from effprof.trainer.build import check_environment
 
     for arm in () if summary else asked.arms:
         if arm.plan.device == "cuda":
             check_environment(arm.plan.allocator)
-    bench = Bench(asked, out, Options(jobs, threads, limit, keep, retry_failed))
+    study = Study(out, asked, look=summary)
     if not summary and not as_json:
         _show_cost(asked, None, answer=False, as_json=False)
-    code = 0 if summary else bench.go()
-    rows = bench.study.rows()
+    code = 0
+    if not summary:
+        code = Bench(study, Options(jobs, threads, limit, keep, retry_failed)).go()
+    rows = study.rows()
     _show(asked, out, rows, html or out / "bench.html", against=bool(against), as_json=as_json)
     if code:
         sys.stderr.write("Interrupted; the same command goes on.\n")
