@@ -7,7 +7,6 @@ One fp32 maximum per 256 numbers; a signed map for first moments, an unsigned on
 from __future__ import annotations
 
 import functools
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +41,8 @@ def as_on_gpu() -> Iterator[None]:
 @functools.cache
 def library() -> Any:
     """bitsandbytes.functional. Raises EffprofError where it is not installed."""
+    import logging  # an estimate would wait for it
+
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it advises about kernels for 4-bit products

@@ -9,17 +9,20 @@ integrations/sdpa_attention.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from effprof.estimator import operations as ops
 from effprof.estimator.autograd import Graph, Leaf, Value
 from effprof.estimator.layer import Layer
-from effprof.estimator.sharded import Sharded
 from effprof.gpus import Gpu
 from effprof.kernels import Attention, embedding_backward
 from effprof.model import Architecture, Matrix
 from effprof.plan import Plan
 from effprof.registry import INTEGERS, Tensor
 from effprof.step import Step, Unit, model_buffers
+
+if TYPE_CHECKING:
+    from effprof.estimator.sharded import Sharded
 
 Weights = Mapping[str, Value]
 
@@ -42,7 +45,11 @@ class Decoder:
         self.shape: Architecture = step.architecture
         self.compute = step.itemsize("compute")
         self.casts: dict[int, Value] = {}
-        self.sharded = Sharded(graph, step) if step.plan.parallel == "fsdp" else None
+        self.sharded: Sharded | None = None
+        if step.plan.parallel == "fsdp":  # few estimates need it: not imported for the others
+            from effprof.estimator.sharded import Sharded
+
+            self.sharded = Sharded(graph, step)
         self.weights: dict[str, Weights] = {}
         self.units: dict[str, Unit] = {}
         for name, unit in step.placed:
